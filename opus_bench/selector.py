@@ -1,0 +1,220 @@
+"""The Selector protocol and Opus, with its three arms.
+
+    paper        Eq 23-26 as written: sketched utility, eta and eta^2, temperature .9 on raw scores
+    released     what the authors' code computes: labels shifted twice, each layer's features
+                 scaled by 1 / sqrt(d_in d_out), the rest as in the paper
+    calibrated   ours: exact alignment, redundancy weighted by measured curvature, temperature set
+                 per draw by a target effective sample size
+
+An arm is a set of defaults; every knob can be set by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from . import sampling
+from .ghost import row_chunks
+from .gradients import (PerSampleGradient, capture, curvature, layer_names, mean_gradient,
+                        parameter_names)
+from .preconditioner import Preconditioner, preconditioners
+from .utility import Utility, check_utilities, exact_utility, sketched_utility
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a selector may look at; it must leave all of it as it was."""
+
+    model: nn.Module  # plain (not compiled) causal language model of transformers
+    optimizers: Sequence[torch.optim.Optimizer] | torch.optim.Optimizer
+    step: int  # update steps done
+    proxy: Int[Tensor, "m t"] | None = None  # tokens of this step's proxy batch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice of one step."""
+
+    indices: Int[Tensor, " size"]  # into the candidates, in the order of picking
+    utilities: Tensor | None = None  # (n,) before anything was selected
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+
+class Selector(Protocol):
+    """Chooses which candidates are trained on.
+
+    ``select`` leaves parameters, ``.grad``, optimizer state, module types, training flags and
+    every RNG but ``generator`` bit-identical.  ``candidates`` is a (n, t) tensor of tokens, or
+    anything with such a ``.tokens``.  A selector that carries something from step to step returns
+    it from ``state_dict`` (plain values), so that a resumed run is the same run.
+    """
+
+    def select(
+        self, candidates: Any, size: int, state: TrainState, generator: torch.Generator
+    ) -> Selection: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stateless:
+    """Mix-in for selectors that carry nothing from step to step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass
+class Opus:
+    """OPUS online selection on the live model and optimizer.  Build one with ``Opus.arm(name)``.
+
+    Every field says where its default comes from: [P] paper, [C] released code, ours.
+    """
+
+    arm_name: str = "custom"
+    window: int = 512  # tokens scored per sequence, from its start [P: 512]
+    layers: str | Sequence[str] = "blocks"  # see gradients.layer_names; [C] leaves out embedding, head
+    estimator: Literal["exact", "sketch"] = "sketch"  # [P] sketch; the exact costs no more (ours)
+    sketch_width: int = 8192  # buckets per weight [P]
+    sketch_seed: int = 42  # [C]
+    label_shift: int = 1  # 1: next token; 2: the token after it [C]
+    layer_scaling: bool = False  # features of a weight times 1 / sqrt(o i) [C]
+    utility_scale: Literal["learning_rate", "one"] = "learning_rate"  # the eta of Eq 23 [P]
+    redundancy: float | Literal["paper", "measured"] = "paper"
+    # "paper": weight eta^2 in Eq 23 [P].  "measured": h / size, the second-order term of the loss
+    # after a step on the mean of ``size`` updates, h the curvature along them (ours).  A number:
+    # that weight in place of h / size.  0 leaves the term out.
+    curvature_every: int = 25  # steps between measurements of h (ours)
+    sampling: Literal["boltzmann", "greedy", "top_k"] = "boltzmann"  # [P] Eq 26; Table 7 has greedy
+    temperature: float | None = 0.9  # in units of the utility [P]
+    effective_share: float | None = None  # or: target ESS of each draw / candidates left (ours: .25)
+    _curvature: float | None = field(default=None, repr=False)
+
+    @staticmethod
+    def arm(name: str, **overrides: Any) -> Opus:
+        """An arm by name: "paper", "released" or "calibrated", with any field overridden."""
+        if name not in ARMS:
+            raise ValueError(f"unknown arm {name!r}; known: {', '.join(ARMS)}")
+        return replace(ARMS[name], arm_name=name, **overrides)
+
+    def __post_init__(self) -> None:
+        if self.window <= self.label_shift:
+            raise ValueError(f"window must exceed {self.label_shift} tokens, got {self.window}")
+        if self.sketch_width < 1:
+            raise ValueError(f"sketch_width must be at least 1, got {self.sketch_width}")
+        if isinstance(self.redundancy, str) and self.redundancy not in ("paper", "measured"):
+            raise ValueError(f"redundancy must be 'paper', 'measured' or a number, got {self.redundancy!r}")
+        if self.sampling not in ("boltzmann", "greedy", "top_k"):
+            raise ValueError(f"sampling must be boltzmann, greedy or top_k, got {self.sampling!r}")
+        if self.estimator not in ("exact", "sketch"):
+            raise ValueError(f"estimator must be exact or sketch, got {self.estimator!r}")
+        if self.temperature is not None:
+            sampling.check_temperature(self.temperature)
+        if self.effective_share is not None:
+            sampling.check_effective_share(self.effective_share)
+
+    def select(
+        self, candidates: Any, size: int, state: TrainState, generator: torch.Generator
+    ) -> Selection:
+        """Choose ``size`` candidates; see Selector.  Cost: see ``utilities``."""
+        utility = self.utilities(candidates, size, state)
+        first = utility.marginal([])
+        check_utilities(first, f"opus ({self.arm_name}) at step {state.step}")
+        if self.sampling == "greedy":
+            draws = sampling.greedy(utility.marginal, size)
+        elif self.sampling == "top_k":
+            draws = sampling.top_k(utility.marginal, size)
+        else:
+            draws = sampling.boltzmann_sample(
+                utility.marginal, size, generator, self.temperature, self.effective_share
+            )
+        diagnostics: dict[str, Any] = {
+            "utility_std": float(first.std()),
+            "redundancy_weight": utility.redundancy_weight,
+        }
+        if self._curvature is not None:
+            diagnostics["curvature"] = self._curvature
+        if draws.effective_share:
+            mean = lambda x: math.fsum(x) / len(x)  # noqa: E731
+            diagnostics["effective_sample_size"] = mean(draws.effective_share)
+            diagnostics["total_variation"] = mean(draws.total_variation)
+            diagnostics["temperature"] = mean(draws.temperature)
+        return Selection(torch.tensor(draws.indices), first, diagnostics)
+
+    def utilities(self, candidates: Any, size: int, state: TrainState) -> Utility:
+        """Alignment and redundancy of the candidates (module legend of utility.py).
+
+        Cost: one forward and backward-to-activations of candidates and a full one of the proxy,
+            each over ``window`` tokens, then the estimator's.
+        """
+        tokens = getattr(candidates, "tokens", candidates)
+        if state.proxy is None or not len(state.proxy):
+            raise ValueError("opus needs a proxy batch in TrainState.proxy, got none")
+        names = layer_names(state.model, self.layers)
+        p = preconditioners(state.optimizers, parameter_names(state.model, names))
+        proxy_tokens = state.proxy[:, : self.window]
+        proxy, _ = mean_gradient(state.model, proxy_tokens, names, self.label_shift)
+        gradients = capture(state.model, tokens[:, : self.window], names, self.label_shift)
+
+        eta = {k: v.learning_rate if self.utility_scale == "learning_rate" else 1.0
+               for k, v in p.items()}
+        scale = {k: 1 / math.sqrt(math.prod(g.shape)) if self.layer_scaling else 1.0
+                 for k, g in gradients.items()}
+        alignment_weights = {k: eta[k] * scale[k] for k in p}
+        power = 2 if self.redundancy == "paper" else 1
+        redundancy_weights = {k: eta[k] ** power * scale[k] ** 2 for k in p}
+        weight = 1.0
+        if self.redundancy == "measured":
+            weight = self._measured_curvature(state, gradients, p, proxy_tokens) / size
+        elif self.redundancy != "paper":
+            weight = float(self.redundancy)
+        options = (gradients, proxy, p, alignment_weights, redundancy_weights if weight else None)
+        if self.estimator == "exact":
+            utility = exact_utility(*options)
+        else:
+            utility = sketched_utility(*options, self.sketch_width, self.sketch_seed)
+        return replace(utility, redundancy_weight=weight)
+
+    def _measured_curvature(
+        self,
+        state: TrainState,
+        gradients: dict[str, PerSampleGradient],
+        p: dict[str, Preconditioner],
+        proxy_tokens: Tensor,
+    ) -> float:
+        """h along the candidates' mean update, kept for ``curvature_every`` steps, at least 0."""
+        if self._curvature is None or state.step % self.curvature_every == 0:
+            mean = {k: torch.cat([rows.mean(0) for _, rows in row_chunks(g)])
+                    for k, g in gradients.items()}
+            direction = {k: p[k](g) for k, g in mean.items()}
+            self._curvature = max(
+                0.0, curvature(state.model, proxy_tokens, direction, self.label_shift)
+            )
+        return self._curvature
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curvature": self._curvature}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._curvature = state["curvature"]
+
+
+ARMS: dict[str, Opus] = {
+    "paper": Opus(arm_name="paper"),
+    "released": Opus(arm_name="released", label_shift=2, layer_scaling=True),
+    "calibrated": Opus(
+        arm_name="calibrated", estimator="exact", utility_scale="one", redundancy="measured",
+        temperature=None, effective_share=0.25,
+    ),
+}

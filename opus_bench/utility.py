@@ -1,0 +1,115 @@
+"""The utility of a candidate: alignment with the proxy minus redundancy with what is selected.
+
+    U_n = sum_l w_l <u_n, g_proxy>_l  -  sum_l r_l <u_n, sum of selected u>_l      (OPUS Eq 23/25)
+
+where u_n = P_t G_n is the effective update of candidate n, l runs over scored weights, and the
+paper's weights are w_l = eta, r_l = eta^2.  Both estimators below return the same two things: the
+alignment of every candidate and the Gram matrix of the candidates' updates, weights included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .ghost import contract, row_chunks
+from .gradients import PerSampleGradient
+from .preconditioner import Preconditioner
+from .sketch import count_sketch, sketch_gradients
+
+
+@dataclass(frozen=True)
+class Utility:
+    """Alignment (n,) and Gram (n, n) of the candidates, in float64; U in loss (nat/token)."""
+
+    alignment: Float[Tensor, " n"]
+    gram: Float[Tensor, "n n"] | None  # None: the redundancy weight is zero
+    redundancy_weight: float = 1.0
+
+    def marginal(self, selected: Sequence[int]) -> Float[Tensor, " n"]:
+        """U of every candidate given what is already selected (Eq 25)."""
+        if self.gram is None or not len(selected):
+            return self.alignment
+        return self.alignment - self.redundancy_weight * self.gram[:, list(selected)].sum(1)
+
+
+Weights = dict[str, float]  # per parameter
+
+
+def exact_utility(
+    candidates: dict[str, PerSampleGradient],
+    proxy_gradient: dict[str, Float[Tensor, "o i"]],
+    preconditioners: dict[str, Preconditioner],
+    alignment_weights: Weights,
+    redundancy_weights: Weights | None,
+) -> Utility:
+    """Alignment by contraction with P_t g_proxy; Gram by dense rows in bounded chunks.
+
+    Exactness: exact up to rounding in the model's dtype; checked against autograd in float64.
+    Cost: alignment as one forward of the scored layers; the Gram O(n t o i + n^2 o i) flops and
+        bounded memory.  ``redundancy_weights`` None skips the Gram.
+    """
+    alignment, gram = 0.0, 0.0
+    for name, gradient in candidates.items():
+        p = preconditioners[name]
+        direction = p(proxy_gradient[name])  # P_t is symmetric
+        alignment = alignment + alignment_weights[name] * contract(gradient, direction).double()
+        if redundancy_weights is not None:
+            for start, dense in row_chunks(p.on_left(gradient)):
+                update = p.on_rows(dense, start).flatten(1)
+                gram = gram + redundancy_weights[name] * (update @ update.T).double()
+    return Utility(alignment.cpu(), None if redundancy_weights is None else gram.cpu())
+
+
+def sketched_utility(
+    candidates: dict[str, PerSampleGradient],
+    proxy_gradient: dict[str, Float[Tensor, "o i"]],
+    preconditioners: dict[str, Preconditioner],
+    alignment_weights: Weights,
+    redundancy_weights: Weights | None,
+    width: int = 8192,
+    seed: int = 42,
+) -> Utility:
+    """The paper's estimator: CountSketch of u_n and of g_proxy per weight, then inner products.
+
+    Mean: the exact utility, over hash seeds.  Variance: the sum over weights of that stated in
+        ``sketch.count_sketch``.
+    Cost: O(n t o i) flops to form the updates by chunks, O(n o i) to hash them; n * width numbers
+        per weight are kept.  Every weight has its own hash, derived from ``seed`` and its name.
+    """
+    alignment, gram = 0.0, 0.0
+    for name, gradient in candidates.items():
+        layer_seed = seed + crc32(name.encode())
+        features = sketch_gradients(gradient, preconditioners[name], width, layer_seed)
+        proxy = count_sketch(proxy_gradient[name].reshape(1, -1), width, layer_seed)
+        alignment = alignment + alignment_weights[name] * (features @ proxy[0]).double()
+        if redundancy_weights is not None:
+            gram = gram + redundancy_weights[name] * (features @ features.T).double()
+    return Utility(alignment.cpu(), None if redundancy_weights is None else gram.cpu())
+
+
+def check_utilities(utility: Float[Tensor, " n"], source: str) -> None:
+    """Refuse scores that cannot rank anything, instead of sampling uniformly without a word.
+
+    Raises:
+        FloatingPointError: for NaN or infinite scores.
+        ValueError: when all scores are zero or all are equal, naming the likely cause.
+    """
+    bad = (~torch.isfinite(utility)).sum().item()
+    if bad:
+        raise FloatingPointError(f"{source}: {bad} of {len(utility)} utilities are NaN or infinite; "
+                                 "the model or the optimizer state has diverged")
+    if len(utility) < 2:
+        return
+    if (utility == 0).all():
+        raise ValueError(f"{source}: all {len(utility)} utilities are exactly zero; likely causes: "
+                         "a compiled model whose hooks see nothing, a learning rate of zero, a "
+                         "proxy without gradient")
+    if (utility == utility[0]).all():
+        raise ValueError(f"{source}: all {len(utility)} utilities equal {utility[0].item():g}; likely "
+                         "cause: every candidate holds the same tokens")

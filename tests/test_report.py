@@ -1,0 +1,364 @@
+"""The page is a function of the records: same bytes twice, every number where a hand puts it."""
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from opus_bench import figures, report, results
+from opus_bench.results import RecordError
+
+SHA = "ab" * 32
+REPORTED = Path(__file__).resolve().parent.parent / "reproduce" / "reported.csv"
+TARGET = "encyclopedia"
+OFFERED = {"encyclopedia": 320, "dictionary": 480, "code": 320, "spam": 160, "corrupted": 160}
+# method, arm, shift of the final loss to Random's (None: as Random), effective sample size, share of the target chosen
+GRID = {
+    "Random": (None, 0.0, 1.0, 0.22),
+    "PPL high": (None, 0.15, None, 0.10),
+    "PPL mid": (None, 0.02, None, 0.20),
+    "PPL low": (None, -0.02, None, 0.25),
+    "static quality": (None, -0.05, None, 0.40),
+    "OPUS paper": ("paper", 0.08, 0.98, 0.08),
+    "OPUS released": ("released", 0.004, 1.0, 0.22),
+    "OPUS calibrated": ("calibrated", -0.12, 0.25, 0.56),
+}
+
+
+def record_of(method="Random", seed=0, optimizer="adamw", scale="smoke", code="c0de" * 16, wobble=0.01, **config):
+    """A record with known numbers: loss 8 - 3 p over progress p of 1e6 tokens, shifted by method and seed."""
+    arm, shift, size, target_share = GRID.get(method, (None, 0.01, 0.5, 0.22))
+    wobble *= math.sin(7 * seed + 3 * len(method))
+    losses = [(step, 8.0 - 3.0 * step / 100 + 0.2 * seed + (shift + wobble) * step / 100) for step in range(0, 101, 20)]
+    rest = (1 - target_share) / (sum(OFFERED.values()) - OFFERED[TARGET])
+    chosen = {name: round(720 * rest * count) for name, count in OFFERED.items()} | {TARGET: round(720 * target_share)}
+    random = method == "Random"
+    record = {
+        "schema": 1,
+        "run_id": "",
+        "experiment": "table3",
+        "scale": scale,
+        "arm": arm,
+        "method": method,
+        "paper": {"arxiv": results.ARXIV, "item": "Table 3", "row": "OPUS" if arm else method},
+        "config": {"selector": method, "optimizer": optimizer, "seed": seed, "model": "tiny", "steps": 100, **config},
+        "deviations": ["4 layers instead of 48", *(["no proxy"] if random else [])],
+        "data": {
+            "spec_sha256": SHA,
+            "train_sha256": SHA,
+            "proxy_sha256": SHA,
+            "tokenizer_sha256": SHA,
+            "suite_sha256": SHA,
+            "selected_sha256": SHA,
+            "target_domain": TARGET,
+        },
+        "code": {"version": code, "commit": "0123456789abcdef", "dirty": True},
+        "environment": results.environment() | {"torch": "2.13.0", "numpy": "2.4.6"},
+        "timing": {
+            "wall_s": 30.0 + seed,
+            "train_s": 20.0,
+            "select_s": 0.0 if random else 5.0,
+            "eval_s": 4.0,
+            "peak_bytes": (100 + seed) * 2**20,
+        },
+        "metrics": [
+            {
+                "step": step,
+                "tokens_seen": 10_000 * step,
+                "split": split,
+                "name": "loss",
+                "unit": "nat/token",
+                "value": loss + more,
+            }
+            for split, more in ((f"val/{TARGET}", 0.0), ("val/code", 1.0), ("train", 2.0))
+            for step, loss in losses
+        ],
+        "evals": [
+            evaluation("cloze", 0.40 - shift, n_samples=500, stderr=0.022, chance=0.25, surface=0.286),
+            evaluation("agreement", 0.70 - shift, n_samples=640, stderr=None, chance=0.5, surface=0.502),
+            evaluation("offline_suite", 0.55 - shift - wobble),
+            evaluation("bpb_code", 2.0 + shift + wobble, metric="bits_per_byte", unit="bit/byte"),
+            evaluation("bpb_encyclopedia", 1.5 + shift, metric="bits_per_byte", unit="bit/byte"),
+            *({"task": task, "status": "not run: no hub", "value": None} for task in ("mmlu", "hellaswag", "arc_easy")),
+        ],
+        "selection": {
+            "offered": OFFERED,
+            "chosen": chosen,
+            "per_step": {
+                "step": list(range(20)),
+                "effective_sample_size": [size] * 20,
+                "total_variation": [None if size is None else 1 - size] * 20,
+                "utility_std": [None] * 20,
+            },
+            "notes": [],
+        },
+        "final": {"weights_sha256": SHA},
+    }
+    record["run_id"] = results.run_id("table3", record["config"] | {}, SHA, code)
+    return record
+
+
+def evaluation(task, value, n_samples=1000, stderr=0.01, metric="acc", chance=None, surface=None, unit=None):
+    row = {
+        "task": task,
+        "task_version": 1.0,
+        "metric": metric,
+        "higher_is_better": metric == "acc",
+        "n_shot": 0,
+        "n_samples": n_samples,
+        "limit": None,
+        "batch_size": 8,
+        "value": value,
+        "stderr": stderr,
+        "chance": chance,
+        "surface": surface,
+        "surface_name": "unigram" if surface else None,
+    }
+    return row | ({"unit": unit} if unit else {})
+
+
+def written(folder, records):
+    for record in records:
+        results.write(record, folder / "runs")
+    return folder
+
+
+def grid(seeds=(0, 1, 2), optimizers=("adamw",), methods=GRID, **changes):
+    return [
+        record_of(method, seed, optimizer, scale=changes.get("scale", "smoke"), code=changes.get("code", "c0de" * 16))
+        for optimizer in optimizers
+        for method in methods
+        for seed in seeds
+    ]
+
+
+def page_of(folder):
+    """The page without its figures, which take most of the time."""
+    return report.page(report.arrange(results.load(folder / "runs")), "table3", report.paper_cells(REPORTED))
+
+
+def table_of(page, heading):
+    """Cells of the first table after a heading, by row name."""
+    lines = page.split(f"### {heading}")[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    assert len({len(row) for row in rows}) == 1
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows if row[0] != "---"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("results"), grid(optimizers=("adamw", "muon")))
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return page_of(folder)
+
+
+def test_the_page_and_the_figures_are_the_same_bytes_again(folder, page):
+    first = {path: path.read_bytes() for path in report.report(folder, REPORTED)}
+    assert {path.name for path in first} == {
+        "table3.md",
+        "table3_smoke_loss.svg",
+        "table3_smoke_domains.svg",
+        "table3_smoke_uniformity.svg",
+    }
+    assert {path: path.read_bytes() for path in report.report(folder, REPORTED)} == first
+    text = (folder / "tables" / "table3.md").read_text()
+    assert re.findall(r"!\[(\w+)\]", text) == ["loss", "domains", "uniformity"]
+    assert re.sub(r"!\[.*\n\n", "", text) == page
+
+
+def test_the_page_says_what_made_it_and_what_it_is_worth(page):
+    head = page.splitlines()[2]
+    assert "`python -m reproduce.table3 --scale smoke` from 48 runs; scale smoke; code c0dec0dec0de" in head
+    assert "Smoke scale: checks the pipeline; it is not evidence for or against the paper." in page
+
+
+def test_methods_are_in_order_and_extra_ones_come_last(tmp_path):
+    records = grid((0,)) + [record_of("GREATS", 0)]
+    rows = table_of(page_of(written(tmp_path, records)), "AdamW: summary")
+    assert list(rows)[1:] == [*GRID, "GREATS"]
+    assert rows["GREATS"][PAPER] == "39.25"
+
+
+LOSS, GAP = f"validation loss on {TARGET} (nat/token)", "difference to Random (nat/token)"
+TOKENS = "update tokens to Random's final loss (share of Random's)"
+PAPER = "the paper's own: mean of its ten tasks, GPT-2 XL, FineWeb (%)"
+
+
+def test_the_summary_by_hand(tmp_path):
+    """Without wobble the differences are exact, so the interval has no width."""
+    records = [record_of(method, seed, wobble=0.0) for method in GRID for seed in (0, 1, 2)]
+    rows = table_of(page_of(written(tmp_path, records)), "AdamW: summary")
+    random, ours, high = rows["Random"], rows["OPUS calibrated"], rows["PPL high"]
+    assert random["n seeds"] == "3"
+    assert random[LOSS] == "5.2000"  # 8 - 3 + 0.2 (0 + 1 + 2) / 3
+    assert ours[LOSS] == "5.0800" and ours[GAP] == "-0.1200 [-0.1200, -0.1200]*"
+    assert random[GAP] == "–" and random[TOKENS] == "1 by definition"
+    # Linear curves: 3 p of Random's fall is reached where 3.12 p = 3.
+    assert ours[TOKENS] == "0.962 [0.962, 0.962]*"
+    assert high[TOKENS] == "not reached in 1,000,000 tokens"
+    assert random["offline suite (%)"] == "55.00" and ours["offline suite (%)"] == "67.00"
+    assert ours["difference to Random (points)"] == "+12.00 [+12.00, +12.00]*"
+    assert random["select / train time"] == "0.0 %" and ours["select / train time"] == "25.0 %"
+    assert ours["effective sample size (share of buffer)"] == "0.2500"
+    assert high["effective sample size (share of buffer)"] == "none: deterministic"
+    assert ours[f"{TARGET}: chosen / offered (%)"] == "56.0 / 22.2"  # 403 of 720; 320 of 1440
+    assert random["corrupted: chosen / offered (%)"] == "11.1 / 11.1"
+
+
+def test_the_papers_numbers_stand_beside_the_right_rows(page):
+    adamw = {name: row[PAPER] for name, row in table_of(page, "AdamW: summary").items() if name != "method"}
+    muon = {name: row[PAPER] for name, row in table_of(page, "Muon: summary").items() if name != "method"}
+    opus = {f"OPUS {arm}": "41.01" for arm in results.ARMS}
+    low = {"PPL mid": "–", "PPL low": "–"}
+    assert adamw == {"Random": "40.36", "PPL high": "40.02", "static quality": "39.45", **low, **opus}
+    assert (muon["Random"], muon["PPL high"], muon["static quality"]) == ("40.29", "39.82", "40.60")
+    assert muon["OPUS paper"] == "41.75"
+
+
+def test_the_ten_tasks_say_why_they_were_not_run(page):
+    rows = table_of(page, "Muon: the paper's ten tasks")
+    assert rows["Random"]["HellaSwag"].startswith(r"not run: no hub \| ")
+    assert rows["Random"]["PIQA"].startswith(r"not run: not in the records \| ")
+    assert rows["OPUS calibrated"]["ARC-E"].startswith(r"not run: no hub \| ")
+    assert rows["GREATS"]["MMLU"].startswith(r"not run: no run of this method \| ")
+    assert "PPL mid" not in rows
+    paper = report.paper_cells(REPORTED)["3", "GPT-2 XL", "muon", "FineWeb", "OPUS", "MMLU"]
+    assert rows["OPUS paper"]["MMLU"].endswith(rf"\| {paper:.2f}")
+
+
+def test_a_task_of_the_paper_that_was_run_shows_our_value(tmp_path):
+    record = record_of()
+    record["evals"] = [evaluation("hellaswag", 0.3125)]
+    rows = table_of(page_of(written(tmp_path, [record])), "AdamW: the paper's ten tasks")
+    assert rows["Random"]["HellaSwag"].startswith(r"31.25 \| ")
+
+
+def test_offline_tasks_have_chance_surface_and_error(page):
+    rows = table_of(page, "AdamW: offline tasks")
+    assert list(rows["method"]) == ["method", "cloze (n = 500)", "agreement (n = 640)"]
+    assert rows["chance"]["cloze (n = 500)"] == "25.0"
+    assert rows["best surface baseline"]["cloze (n = 500)"] == "28.6 unigram"
+    assert rows["Random"]["cloze (n = 500)"] == "40.0 (2.2)"
+    assert rows["OPUS calibrated"]["cloze (n = 500)"] == "52.0 (2.2)*"
+    assert rows["Random"]["agreement (n = 640)"] == "70.0 (1.8)"  # sqrt(.7 .3 / 640), not given by the record
+
+
+def test_bits_per_byte_with_difference(page):
+    rows = table_of(page, "AdamW: bits per byte")
+    assert list(rows) == ["domain", "code", TARGET]
+    assert rows[TARGET]["Random"] == "1.500"
+    assert rows[TARGET]["OPUS calibrated"] == "1.380 (-0.120 ± 0.000*)"
+
+
+def test_every_run_is_linked_and_summed(folder, page):
+    assert set(re.findall(r"\]\(\.\./runs/([0-9a-f]{12})\.json\)", page)) == {
+        path.stem for path in (folder / "runs").glob("*.json")
+    }
+    assert "Total wall time 744 s, highest peak memory 102 MiB." in page  # 8 methods (30 + 31 + 32)
+    assert "- no proxy (3 of 24 runs)" in page and "- 4 layers instead of 48\n" in page
+    row = table_of(page, "Muon: runs")
+    assert next(iter(list(row.values())[1:]))["commit"] == "0123456789ab + changes"
+
+
+def test_pairs_are_by_seed_and_a_missing_one_is_said(tmp_path):
+    """Unpaired, the 0.2 per seed would enter the difference; seed 3 has no partner."""
+    records = [record_of("Random", seed, wobble=0.0) for seed in (0, 1, 2)]
+    records += [record_of("OPUS calibrated", seed, wobble=0.0) for seed in (1, 2, 3)]
+    page = page_of(written(tmp_path, records))
+    assert table_of(page, "AdamW: summary")["OPUS calibrated"][GAP] == "-0.1200 {-0.1200, -0.1200}"
+    assert "- OPUS calibrated: seed 3 has no Random run and is left out of its pairs." in page
+    assert "- OPUS calibrated: seed 0 has no OPUS calibrated run and is left out of its pairs." in page
+
+
+def test_a_seed_that_never_gets_there_stays_visible(tmp_path):
+    records = [record_of("Random", seed, wobble=0.0) for seed in (0, 1, 2)]
+    records += [record_of("OPUS calibrated", seed, wobble=0.0) for seed in (0, 1)]
+    late = record_of("OPUS calibrated", 2, wobble=0.0)
+    for row in late["metrics"]:
+        row["value"] += 0.5
+    rows = table_of(page_of(written(tmp_path, [*records, late])), "AdamW: summary")
+    want = "{0.962, 0.962}; not reached in 1,000,000 tokens by 1 of 3 seeds"
+    assert rows["OPUS calibrated"][TOKENS] == want
+
+
+def test_without_random_there_are_no_differences(tmp_path):
+    page = page_of(written(tmp_path, grid((0, 1, 2), methods=["PPL high"])))
+    row = table_of(page, "AdamW: summary")["PPL high"]
+    assert (row[GAP], row[TOKENS]) == ("–", "–")
+    assert "No Random runs: no differences can be given." in page
+
+
+def test_an_interval_that_includes_zero_is_not_marked(tmp_path):
+    rows = table_of(page_of(written(tmp_path, grid())), "AdamW: summary")
+    assert not rows["OPUS released"][GAP].endswith("*")
+    assert rows["OPUS calibrated"][GAP].endswith("*")
+
+
+def stamped(monkeypatch, second):
+    class Clock(results.datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 1, 0, 0, second, tzinfo=tz)
+
+    monkeypatch.setattr(results.datetime, "datetime", Clock)
+
+
+def test_the_newest_complete_set_is_shown(tmp_path, monkeypatch):
+    methods = ["Random", "PPL high"]
+    for second, (code, seeds) in enumerate([("0" * 64, (0, 1, 2)), ("1" * 64, (0, 1, 2)), ("2" * 64, (0,))]):
+        stamped(monkeypatch, second)
+        written(tmp_path, grid(seeds, methods=methods, code=code))
+    page = page_of(tmp_path)
+    assert "6 runs; scale smoke; code 111111111111. " in page
+    assert "- 8 other records of this scale and optimizer are not shown" in page
+
+
+def test_a_method_of_another_code_version_is_marked(tmp_path):
+    written(tmp_path, grid(methods=["Random", "PPL high"], code="0" * 64))
+    written(tmp_path, grid(methods=["GREATS"], code="1" * 64))
+    page = page_of(tmp_path)
+    assert "GREATS †" in table_of(page, "AdamW: summary")
+    assert "- GREATS †: run under code 111111111111, the other rows under 000000000000." in page
+
+
+def test_scales_are_kept_apart(tmp_path):
+    written(tmp_path, grid((0,), methods=["Random"]))
+    written(tmp_path, grid((0,), methods=["Random", "PPL high"], scale="small", code="1" * 64))
+    paths = report.report(tmp_path, REPORTED)
+    page = paths[0].read_text()
+    smoke = page.split("## Scale: smoke")[1]
+    assert "PPL high" not in smoke.split("### AdamW: the paper's ten tasks")[0]
+    assert page.index("## Scale: small") < page.index("## Scale: smoke")
+    assert page.count("it is not evidence") == 1 and "it is not evidence" in smoke
+    assert len(paths) == 7 and "table3_small_loss.svg" in page
+
+
+def test_no_records_is_an_error_with_the_command(tmp_path):
+    with pytest.raises(RecordError, match="python -m reproduce.table3 --scale smoke"):
+        report.report(tmp_path, REPORTED)
+
+
+def test_figures_are_text_on_white_with_scale_units_and_every_method(folder):
+    report.report(folder, REPORTED)
+    for name in ("loss", "domains", "uniformity"):
+        svg = (folder / "figures" / f"table3_smoke_{name}.svg").read_text()
+        assert "smoke scale: pipeline check" in svg and "<image" not in svg and "<dc:date>" not in svg
+        assert re.search(r'<g id="patch_1">\s*<path[^>]*style="fill: #ffffff"', svg)
+        for method in GRID:
+            assert method in svg
+    assert "nat/token" in (folder / "figures" / "table3_smoke_loss.svg").read_text()
+
+
+def test_the_band_is_the_interval_or_the_range():
+    low, high = figures._band(figures.np.array([[1.0], [2.0], [3.0]]))
+    assert high[0] - 2 == pytest.approx(0.95 / math.sqrt(2 * 0.975 * 0.025) / math.sqrt(3), rel=1e-12)
+    assert [side[0] for side in figures._band(figures.np.array([[1.0], [3.0]]))] == [1.0, 3.0]
+    assert low[0] == pytest.approx(4 - high[0])
