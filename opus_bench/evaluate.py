@@ -266,7 +266,10 @@ def _run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, loaded: dic
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=0)
     lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    results = evaluator.evaluate(lm, loaded, limit=limit, log_samples=True, bootstrap_iters=1)
+    try:
+        results = evaluator.evaluate(lm, loaded, limit=limit, log_samples=True, bootstrap_iters=1)
+    except AssertionError as error:
+        raise ValueError(f"an option is empty or longer than the {lm.max_length} tokens the model takes: give a longer context") from error
     for name, samples in results["samples"].items():
         for sample in samples:
             values = _loglikelihoods(sample)

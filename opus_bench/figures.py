@@ -2,7 +2,7 @@
 
 Text stays text, the background is opaque white (readable on a dark page), colours are Okabe and
 Ito's and never the only difference between lines. A band is the 95 % t interval over seeds, or the
-range of the seeds where there are fewer than three; the figure says which.
+range of the seeds (fewer than three, or a quantity that cannot leave [0, 1]); the figure says which.
 """
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ STYLE = {
 }
 # Pattern of a label, colour, dashes, width: a family shares a colour where its members differ by dashes.
 LINES = (
-    (r"^random$", "#000000", (), 1.8),
+    (r"^random$", "#000000", (4, 3), 1.5),
     (r"^(?=.*(ppl|perplex))(?!.*(mid|low))", "#e69f00", (), 1.4),
     (r"^(?=.*(ppl|perplex)).*mid", "#e69f00", (5, 2), 1.4),
     (r"^(?=.*(ppl|perplex)).*low", "#e69f00", (1.5, 1.5), 1.4),
     (r"static|quality", "#009e73", (), 1.4),
     (r"opus.*paper", "#cc79a7", (), 1.6),
-    (r"opus.*released", "#56b4e9", (), 1.6),
+    (r"opus.*released", "#56b4e9", (), 2.2),
     (r"opus.*calibrated", "#0072b2", (), 2.4),
 )
 OTHER_COLOURS = ("#d55e00", "#7f7f7f", "#8c6d1f", "#5e3c99")
+BASE = "Random"
 LEVELS = (-3, -2, -1, -0.5, -0.25, 0.25, 0.5, 1, 2, 3)
 
 
@@ -77,9 +78,9 @@ def draw_losses(
     def draw(figure: Figure, axes: np.ndarray) -> None:
         for column, optimizer in enumerate(losses):
             top, bottom = axes[0, column], axes[1, column]
-            _lines(top, losses[optimizer], losses[optimizer], band=False)
-            bottom.axhline(0, color="#000000", linewidth=1.2)
-            _lines(bottom, gaps[optimizer], losses[optimizer])
+            _lines(top, losses[optimizer], losses[optimizer])
+            bottom.axhline(0, zorder=4, **_look(BASE, [BASE]))
+            _lines(bottom, gaps[optimizer], losses[optimizer], band=_interval)
             top.set_title(OPTIMIZERS.get(optimizer, optimizer))
             bottom.set_xlabel("update tokens")
             bottom.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -88,7 +89,7 @@ def draw_losses(
         axes[1, 0].set_ylabel("minus Random's,\nsame seed (nat/token)")
 
     heading = f"Target loss by update tokens ({title})"
-    return _figure(path, heading, _band_note(gaps), losses, draw, rows=2, height=5.6)
+    return _figure(path, heading, _band_note(gaps), losses, draw, ratios=(1, 1.5), height=6.0)
 
 
 def draw_uniformity(
@@ -105,8 +106,8 @@ def draw_uniformity(
     def draw(figure: Figure, axes: np.ndarray) -> None:
         for column, (optimizer, panels) in enumerate(steps.items()):
             top, bottom = axes[0, column], axes[1, column]
-            _lines(top, panels["effective_sample_size"], sizes[optimizer])
-            _lines(bottom, panels["total_variation"], sizes[optimizer])
+            _lines(top, panels["effective_sample_size"], sizes[optimizer], band=_range)
+            _lines(bottom, panels["total_variation"], sizes[optimizer], band=_range)
             for axis in (top, bottom):
                 axis.set_ylim(-0.04, 1.06)
             top.set_title(OPTIMIZERS.get(optimizer, optimizer))
@@ -115,11 +116,11 @@ def draw_uniformity(
         axes[0, 0].set_ylabel("effective sample size\n(share of the buffer)")
         axes[1, 0].set_ylabel("total variation\nfrom uniform")
 
-    note = _band_note(sizes)
+    note = "Line: mean over seeds. Band: their range."
     if absent:
         note += f"\nNo probabilities, so no line (they choose deterministically): {', '.join(absent)}."
     heading = f"How far from uniform each selector chose ({title})"
-    return _figure(path, heading, note, sizes, draw, rows=2, height=5.6, hidden=absent)
+    return _figure(path, heading, note, sizes, draw, ratios=(1, 1), height=5.2, hidden=absent)
 
 
 def draw_domains(
@@ -150,7 +151,7 @@ def draw_domains(
             mesh = axis.pcolormesh(ratio, cmap=colours, norm=norm, edgecolors="white", linewidth=1.5)
             for row, values in enumerate([first, *share]):
                 for column, value in enumerate(values):
-                    dark = abs(ratio[row, column]) > 1
+                    dark = not -1 <= ratio[row, column] <= 2
                     text = "" if math.isnan(value) else f"{100 * value:.1f}" if value < 0.0995 else f"{100 * value:.0f}"
                     axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9,
                               color="white" if dark else "#1a1a1a")
@@ -163,7 +164,7 @@ def draw_domains(
             axis.set_title(OPTIMIZERS.get(optimizer, optimizer), loc="left")
         figure.suptitle(f"What each selector chose, % of its samples by domain ({title})", fontsize=11)
         figure.tight_layout()
-        bar = figure.colorbar(mesh, ax=axes, extend="both", shrink=min(1.0, 0.85), pad=0.02, aspect=25)
+        bar = figure.colorbar(mesh, ax=axes, extend="both", shrink=0.85, pad=0.02, aspect=32)
         bar.set_ticks(list(LEVELS), labels=[_times(level) for level in LEVELS])
         bar.set_label("chosen share over offered share")
         return _save(figure, path)
@@ -191,23 +192,25 @@ def _look(label: str, labels: Iterable[str]) -> dict:
     return {"color": colour, "linewidth": width, "linestyle": (0, dashes) if dashes else "-"}
 
 
-def _lines(axis: Axes, curves: Mapping[str, Curves | None], labels: Iterable[str], band: bool = True) -> None:
+def _lines(
+    axis: Axes, curves: Mapping[str, Curves | None], labels: Iterable[str], band: Callable | None = None
+) -> None:
     for label, curve in curves.items():
         if curve is None:
             continue
         look = _look(label, labels)
-        base = label.lower() == "random"
-        if base:
-            look["linestyle"] = (0, (4, 3))
-        axis.plot(curve.x, curve.y.mean(axis=0), zorder=4 if base else 3, **look)
+        axis.plot(curve.x, curve.y.mean(axis=0), zorder=4 if label == BASE else 3, **look)
         if band and len(curve.y) > 1:
-            low, high = _band(curve.y)
-            axis.fill_between(curve.x, low, high, color=look["color"], alpha=0.16, linewidth=0)
+            axis.fill_between(curve.x, *band(curve.y), color=look["color"], alpha=0.13, linewidth=0)
 
 
-def _band(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _range(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return y.min(axis=0), y.max(axis=0)
+
+
+def _interval(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(y) < SMALLEST_N:
-        return y.min(axis=0), y.max(axis=0)
+        return _range(y)
     intervals = [mean_interval(column) for column in y.T]
     return np.array([interval.low for interval in intervals]), np.array([interval.high for interval in intervals])
 
@@ -232,25 +235,22 @@ def _figure(
     note: str,
     panels: Mapping[str, Mapping[str, object]],
     draw: Callable[[Figure, np.ndarray], None],
-    rows: int,
+    ratios: tuple[float, ...],
     height: float,
     hidden: Iterable[str] = (),
 ) -> Path:
     """A grid of panels, one column per optimizer, with the legend at the right and the note beneath."""
     with matplotlib.rc_context(STYLE):
-        legend, foot = 1.9, 0.25 + 0.2 * (note.count("\n") + 1)
+        legend, foot = 1.9, 0.08 + 0.17 * (note.count("\n") + 1)
         width = max(7.5, 1.0 + 3.3 * len(panels) + legend)
         figure = Figure(figsize=(width, height + foot))
-        axes = figure.subplots(rows, len(panels), squeeze=False, sharex="col", sharey="row")
+        axes = figure.subplots(
+            len(ratios), len(panels), squeeze=False, sharex="col", sharey="row", height_ratios=ratios
+        )
         draw(figure, axes)
         labels = _labels(panels)
         shown = [label for label in labels if label not in set(hidden)]
-        handles = []
-        for label in shown:
-            look = _look(label, labels)
-            if label.lower() == "random":
-                look["linestyle"] = (0, (4, 3))
-            handles.append(Line2D([], [], label=label, **look))
+        handles = [Line2D([], [], label=label, **_look(label, labels)) for label in shown]
         figure.suptitle(heading, fontsize=11)
         figure.tight_layout(rect=(0, foot / (height + foot), 1 - legend / width, 1))
         figure.legend(handles=handles, loc="center left", bbox_to_anchor=(1 - legend / width, 0.55), frameon=False,

@@ -57,8 +57,10 @@ def token_losses(
     ``label_shift`` 1 is next-token prediction.  2 is what the released OPUS code scores, which
     shifts labels that were shifted already.
     """
-    logits, labels = logits[:, :-label_shift], tokens[:, label_shift:]
-    return nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    # the last positions have no label; ignoring them spares a copy of the logits
+    labels = nn.functional.pad(tokens[:, label_shift:], (0, label_shift), value=-100)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(tokens.shape)[:, :-label_shift]
 
 
 def sample_losses(

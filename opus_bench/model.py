@@ -181,8 +181,9 @@ class OpusGPT2(PreTrainedModel):
         x = rms_norm(self.embedding(input_ids))
         for block in self.blocks:
             x = block(x)
-        logits = self.head(rms_norm(x))
-        logits = 30 * torch.sigmoid(logits / (7.5 * math.sqrt(self.config.hidden_size)))
+        # the soft cap's division acts on the hidden state, which is smaller than the logits
+        logits = self.head(rms_norm(x) / (7.5 * math.sqrt(self.config.hidden_size)))
+        logits = 30 * torch.sigmoid(logits)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from opus_bench import figures
-from opus_bench.results import NOT_RUN, RecordError, load
+from opus_bench.results import NOT_RUN, RecordError, canonical, load
 from opus_bench.statistics import Interval, binomial_stderr, paired_interval, paired_ratio_interval, tokens_to_reach
 
 # Order of the rows: label pattern and the row of the paper it stands beside (its PPL is the highest-loss one).
@@ -41,7 +41,9 @@ PAPER_MODEL, PAPER_CORPUS = "GPT-2 XL", "FineWeb"
 PIPELINE_SCALES = ("smoke", "ci")
 PAPER_TASKS = ("MMLU", "ANLI", "HellaSwag", "PIQA", "SIQA", "WinoGrande", "ARC-E", "ARC-C", "CommonsenseQA", "WSC")
 TASK_NAMES = {"socialiqa": "SIQA", "arceasy": "ARC-E", "arcchallenge": "ARC-C", "csqa": "CommonsenseQA"}
-SUITE, BITS = "offline_suite", "bpb_"
+SUITES = ("offline_suite", "mean_accuracy")
+BITS = ("bpb_", "bits_per_byte_")
+REASON_LENGTH = 48
 MARK, FOREIGN, NONE = "*", " †", "–"
 
 
@@ -144,9 +146,8 @@ def _section(scale: str, optimizer: str, records: list[dict]) -> Section:
         for record in sets[key]:
             fill[label_of(record)].append(record)
         for label in sorted(fill.keys() - rows.keys()):
-            newest = sorted(fill[label], key=lambda record: (record["written_utc"], record["run_id"]))
-            by_seed = {record["config"]["seed"]: record for record in newest}
-            rows[label] = Row(label, _paper_row(newest[-1]), by_seed, foreign=key[1] != version)
+            by_seed = _one_configuration(fill[label])
+            rows[label] = Row(label, _paper_row(next(iter(by_seed.values()))), by_seed, foreign=key[1] != version)
             if key[1] != version:
                 notes.append(f"{label}{FOREIGN}: run under code {key[1][:12]}, the other rows under {version[:12]}.")
     section = Section(scale, optimizer, sorted(rows.values(), key=lambda row: _rank(row.label)), notes)
@@ -159,6 +160,15 @@ def _section(scale: str, optimizer: str, records: list[dict]) -> Section:
         )
     notes.extend(_unpaired(section))
     return section
+
+
+def _one_configuration(records: list[dict]) -> dict[int, dict]:
+    """The records by seed of the configuration with most seeds, of those the newest: a row never mixes two."""
+    by_config = defaultdict(dict)
+    for record in sorted(records, key=lambda record: (record["written_utc"], record["run_id"])):
+        config = {name: item for name, item in record["config"].items() if name != "seed"}
+        by_config[canonical(config)][record["config"]["seed"]] = record
+    return max(by_config.values(), key=lambda found: (len(found), max(r["written_utc"] for r in found.values())))
 
 
 def _unpaired(section: Section) -> list[str]:
@@ -192,9 +202,9 @@ def final_loss(record: dict) -> float | None:
     return losses[-1] if losses else None
 
 
-def evaluated(task: str) -> Callable[[dict], float | None]:
-    """The value of a task, as a function of a record; None where it was not run."""
-    return lambda record: next((row["value"] for row in record["evals"] if row["task"] == task), None)
+def evaluated(*tasks: str) -> Callable[[dict], float | None]:
+    """The value of the first of these tasks there is, as a function of a record; None where it was not run."""
+    return lambda record: next((row.get("value") for row in record["evals"] if row["task"] in tasks), None)
 
 
 def time_ratio(record: dict) -> float | None:
@@ -216,7 +226,9 @@ def step_mean(name: str) -> Callable[[dict], float | None]:
 def corrupted_domains(record: dict) -> list[str]:
     """Domains of damaged text: data.corrupted_domains if the record has it, else those named corrupt..."""
     named = record["data"].get("corrupted_domains")
-    return named if named is not None else [name for name in record["selection"]["offered"] if "corrupt" in name.lower()]
+    if named is not None:
+        return named
+    return [name for name in record["selection"]["offered"] if "corrupt" in name.lower()]
 
 
 def domain_share(which: str, domains: Callable[[dict], Sequence[str]]) -> Callable[[dict], float | None]:
@@ -363,8 +375,8 @@ def _summary(section: Section, reported: dict) -> str:
                 _mean(row.values(final_loss), 4),
                 _difference(row, section.base, final_loss, 4),
                 _token_share(row, section.base),
-                _mean(row.values(evaluated(SUITE)), 2, 100),
-                _difference(row, section.base, evaluated(SUITE), 2, 100),
+                _mean(row.values(evaluated(*SUITES)), 2, 100),
+                _difference(row, section.base, evaluated(*SUITES), 2, 100),
                 _mean(row.values(time_ratio), 1, 100, " %"),
                 _mean(uniform, 4) if uniform else "none: deterministic",
                 shares(lambda record: [record["data"]["target_domain"]]),
@@ -386,13 +398,13 @@ def _task_rows(section: Section, wanted: Callable[[str], bool]) -> dict[str, lis
 
 
 def _paper_task(task: str) -> str | None:
-    plain = re.sub(r"[^a-z0-9]", "", task.lower())
+    plain = re.sub(r"[^a-z0-9]", "", task.lower().removeprefix("paper_"))
     names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in PAPER_TASKS} | TASK_NAMES
     return names.get(plain)
 
 
 def _offline(section: Section) -> str:
-    tasks = _task_rows(section, lambda task: task != SUITE and not task.startswith(BITS) and not _paper_task(task))
+    tasks = _task_rows(section, lambda task: task not in SUITES and not task.startswith(BITS) and not _paper_task(task))
     header = ["method", *(f"{task} (n = {rows[0]['n_samples']})" for task, rows in tasks.items())]
 
     def percent(value: float | None) -> str:
@@ -424,7 +436,7 @@ def _bits(section: Section) -> str:
     tasks = sorted(_task_rows(section, lambda task: task.startswith(BITS)))
     header = ["domain", *(row.label + FOREIGN * row.foreign for row in section.rows)]
     lines = [
-        [task.removeprefix(BITS)]
+        [re.sub(f"^({'|'.join(BITS)})", "", task)]
         + [
             _mean(row.values(evaluated(task)), 3) + _short_difference(row, section.base, evaluated(task), 3)
             for row in section.rows
@@ -455,7 +467,8 @@ def _ours(row: Row | None, task: str) -> str:
     values = [item["value"] for item in items if item.get("value") is not None]
     if values:
         return _mean(values, 2, 100)
-    return next((item["status"] for item in items), f"{NOT_RUN}not in the records")
+    status = next((item["status"] for item in items), f"{NOT_RUN}not in the records")
+    return status if len(status) <= REASON_LENGTH else status[: REASON_LENGTH - 1] + "…"
 
 
 def _runs(section: Section) -> str:
@@ -613,4 +626,5 @@ def _shares(section: Section) -> tuple[list[str], dict[str, list[float]], dict[s
         found = [row.values(domain_share(which, lambda record, domain=domain: [domain])) for domain in domains]
         return [float(np.mean(values)) if values else math.nan for values in found]
 
-    return domains, {r.label: mean(r, "offered") for r in section.rows}, {r.label: mean(r, "chosen") for r in section.rows}
+    offered, chosen = ({row.label: mean(row, which) for row in section.rows} for which in ("offered", "chosen"))
+    return domains, offered, chosen

@@ -34,7 +34,7 @@ ARXIV = "2602.05400"
 ARMS = ("paper", "released", "calibrated")
 NOT_RUN = "not run: "
 ROOT = Path(__file__).resolve().parent.parent
-UNHASHED = frozenset({"report", "figures", "results", "statistics", "cli", "doctor"})
+UNHASHED = frozenset({"report", "figures", "results", "statistics", "cli", "doctor", "validate"})
 
 
 class RecordError(ValueError):
@@ -63,27 +63,30 @@ def code_version(root: str | Path = ROOT, sources: Iterable[str] | None = None) 
     """sha256 of the code that determines numbers, unmoved by edits of prose.
 
     Blank lines, full-line comments, docstrings and trailing blanks do not count; a comment at the
-    end of a code line does. Lines are dropped from the text (by the line numbers of `ast`), the tree
-    itself is not hashed, so the same files give the same version under every Python.
+    end of a code line does, and task files (.yaml) count as they stand. Lines are dropped from the
+    text (by the line numbers of `ast`), the tree itself is not hashed, so the same files give the
+    same version under every Python.
 
     Args:
         root: folder that holds `opus_bench/` and `baselines/`.
-        sources: the files to hash, relative to root; by default every module of `opus_bench` but
-            those in UNHASHED (they read records and make none), and every one of `baselines`.
+        sources: the files to hash, relative to root; by default every module and task file of
+            `opus_bench` but those in UNHASHED (they read records and make none), and all of `baselines`.
 
     Raises:
         RecordError: a source that is missing or is not Python.
     """
     root = Path(root)
     if sources is None:
-        found = [*root.glob("opus_bench/**/*.py"), *root.glob("baselines/**/*.py")]
+        patterns = ("opus_bench/**/*.py", "opus_bench/**/*.yaml", "baselines/**/*.py")
+        found = [path for pattern in patterns for path in root.glob(pattern)]
         paths = [path for path in found if path.stem not in UNHASHED]
     else:
         paths = [root / source for source in sources]
     digest = hashlib.sha256()
     for name, path in sorted({path.relative_to(root).as_posix(): path for path in paths}.items()):
         try:
-            code = _without_prose(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            code = _without_prose(text) if path.suffix == ".py" else text
         except (OSError, SyntaxError, ValueError) as error:
             raise RecordError(f"{path}: cannot hash this source ({error})") from error
         digest.update(f"{name}\0{code}\0".encode())

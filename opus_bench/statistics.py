@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 SMALLEST_N = 3
@@ -53,7 +53,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     n, mean = array.size, float(array.mean())
     if n < SMALLEST_N:
         return Interval(mean, None, None, n)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * array.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, 0.5 + confidence / 2) * array.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
 
 

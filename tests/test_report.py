@@ -94,7 +94,7 @@ def record_of(method="Random", seed=0, optimizer="adamw", scale="smoke", code="c
         },
         "final": {"weights_sha256": SHA},
     }
-    record["run_id"] = results.run_id("table3", record["config"] | {}, SHA, code)
+    record["run_id"] = results.run_id("table3", record["config"], SHA, code)
     return record
 
 
@@ -329,6 +329,24 @@ def test_a_method_of_another_code_version_is_marked(tmp_path):
     assert "- GREATS †: run under code 111111111111, the other rows under 000000000000." in page
 
 
+def test_a_method_trained_for_another_length_is_not_filled_in(tmp_path):
+    written(tmp_path, grid(methods=["Random", "PPL high"]))
+    written(tmp_path, [record_of("GREATS", 0, steps=200)])
+    page = page_of(tmp_path)
+    assert list(table_of(page, "AdamW: summary"))[1:] == ["Random", "PPL high"]
+    assert "- 1 other records" in page
+
+
+def test_a_row_never_mixes_two_configurations(tmp_path, monkeypatch):
+    for second, (rate, seeds) in enumerate([(1e-3, (0, 1)), (2e-3, (0,))]):
+        stamped(monkeypatch, second)
+        written(tmp_path, [record_of("Random", seed, wobble=0.0, lr=rate) for seed in seeds])
+    page = page_of(tmp_path)
+    assert table_of(page, "AdamW: summary")["Random"]["n seeds"] == "2"
+    assert "- 1 other records" in page
+    assert len(set(re.findall(r"\(\.\./runs/(\w+)\.json\)", page))) == 2
+
+
 def test_scales_are_kept_apart(tmp_path):
     written(tmp_path, grid((0,), methods=["Random"]))
     written(tmp_path, grid((0,), methods=["Random", "PPL high"], scale="small", code="1" * 64))
@@ -339,6 +357,17 @@ def test_scales_are_kept_apart(tmp_path):
     assert page.index("## Scale: small") < page.index("## Scale: smoke")
     assert page.count("it is not evidence") == 1 and "it is not evidence" in smoke
     assert len(paths) == 7 and "table3_small_loss.svg" in page
+
+
+def test_names_of_the_evaluation_are_understood(tmp_path):
+    record = record_of(wobble=0.0)
+    names = {"offline_suite": "mean_accuracy", "bpb_code": "bits_per_byte_code", "mmlu": "MMLU"}
+    for row in record["evals"]:
+        row["task"] = names.get(row["task"], row["task"])
+    page = page_of(written(tmp_path, [record]))
+    assert table_of(page, "AdamW: summary")["Random"]["offline suite (%)"] == "55.00"
+    assert list(table_of(page, "AdamW: bits per byte")) == ["domain", "code", TARGET]
+    assert list(table_of(page, "AdamW: offline tasks")["method"])[1:] == ["cloze (n = 500)", "agreement (n = 640)"]
 
 
 def test_no_records_is_an_error_with_the_command(tmp_path):
@@ -358,7 +387,7 @@ def test_figures_are_text_on_white_with_scale_units_and_every_method(folder):
 
 
 def test_the_band_is_the_interval_or_the_range():
-    low, high = figures._band(figures.np.array([[1.0], [2.0], [3.0]]))
+    low, high = figures._interval(figures.np.array([[1.0], [2.0], [3.0]]))
     assert high[0] - 2 == pytest.approx(0.95 / math.sqrt(2 * 0.975 * 0.025) / math.sqrt(3), rel=1e-12)
-    assert [side[0] for side in figures._band(figures.np.array([[1.0], [3.0]]))] == [1.0, 3.0]
+    assert [side[0] for side in figures._interval(figures.np.array([[1.0], [3.0]]))] == [1.0, 3.0]
     assert low[0] == pytest.approx(4 - high[0])

@@ -353,6 +353,7 @@ def test_code_version_covers_core_and_baselines_but_not_the_readers_of_records(t
     first = version_of(tmp_path, SOURCE)
     assert first == version_of(tmp_path, "x = 1\n", name="report.py")
     assert first != version_of(tmp_path, "x = 1\n", name="train.py")
+    assert version_of(tmp_path, "task: a\n", name="a.yaml") != version_of(tmp_path, "task: b\n", name="a.yaml")
     second = results.code_version(tmp_path)
     (tmp_path / "baselines").mkdir()
     (tmp_path / "baselines" / "greats.py").write_text("y = 2\n")

@@ -1,0 +1,61 @@
+"""Scales: what a script means by ``--scale``.  The only dial that a script has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from opus_bench.corpus_spec import CorpusSpec
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes shared by all runs of a scale."""
+
+    name: str
+    corpus: CorpusSpec
+    run: dict[str, Any]  # fields of train.RunConfig
+    window: int  # tokens scored per sequence by online selectors
+    sketch_width: int  # buckets per weight
+    suite_size: int  # items per offline task
+    seeds: int
+    note: str  # printed wherever results are
+    deviations: tuple[str, ...] = field(default=())
+
+
+SMOKE_DEVIATIONS = (
+    "model of 1.3 M parameters (4 layers, width 128, vocabulary 4,096) instead of GPT-2 XL",
+    "corpus of encyclopedia, dictionary, recipes, documentation, code, catalogues, foreign and "
+    "corrupted text from pinned packages instead of FineWeb, sequences of one domain each",
+    "proxy drawn from held-out encyclopedia text instead of BENCH-PROXY retrieval",
+    "sequences of 256 tokens, buffer 16, score window 64 instead of 6,144, 32 and 512",
+    "an offline suite instead of the paper's ten tasks",
+    "FP32 embedding instead of BF16",
+)
+
+SCALES = {
+    "ci": Scale(
+        name="ci",
+        corpus=CorpusSpec.ci(),
+        run=dict(model="ci", steps=8, length=64, buffer=8, proxy_size=4, evaluations=2,
+                 validation_sequences=8, checkpoint_every=2),
+        window=32,
+        sketch_width=512,
+        suite_size=20,
+        seeds=1,
+        note="ci scale: exercises the code; its numbers mean nothing.",
+        deviations=("a few steps of a toy model",),
+    ),
+    "smoke": Scale(
+        name="smoke",
+        corpus=CorpusSpec(),
+        run=dict(model="tiny", steps=150, length=256, buffer=16, proxy_size=8, evaluations=15,
+                 validation_sequences=32, checkpoint_every=15),
+        window=64,
+        sketch_width=8192,
+        suite_size=200,
+        seeds=3,
+        note="smoke scale: checks the pipeline; it is not evidence for or against the paper.",
+        deviations=SMOKE_DEVIATIONS,
+    ),
+}

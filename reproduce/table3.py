@@ -1,0 +1,51 @@
+"""Table 3 of OPUS (arXiv:2602.05400): pre-training GPT-2 from scratch on a mixed pool.
+
+    python -m reproduce.table3 --scale smoke     # about 25 min, 2 CPU cores; checks the pipeline
+    python -m reproduce.table3 --scale ci        # under a minute; exercises the code
+    python -m reproduce.table3 --dry-run         # prints the runs and stops
+
+Prints every run it will make, skips those already in results/runs/, then writes
+results/tables/table3.md and the figures beside it.  Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from opus_bench.train import RunConfig
+
+from .runner import Run, main
+from .scales import SCALES
+
+
+def methods(window: int, sketch_width: int) -> list[tuple[str, str | None, str | None, str, dict]]:
+    """Rows of the table: (method, the paper's row, arm, selector, its options)."""
+    opus = {"window": window, "sketch_width": sketch_width}
+    return [
+        ("Random", "Random", None, "random", {}),
+        ("PPL (high)", "PPL", None, "perplexity", {"keep": "high", "window": window}),
+        ("PPL (mid)", None, None, "perplexity", {"keep": "mid", "window": window}),
+        ("PPL (low)", None, None, "perplexity", {"keep": "low", "window": window}),
+        ("Static quality", "DCLM-FastText", None, "quality", {}),
+        ("OPUS", "OPUS", "paper", "opus", {"arm": "paper", **opus}),
+        ("OPUS", "OPUS", "released", "opus", {"arm": "released", **opus}),
+        ("OPUS", "OPUS", "calibrated", "opus", {"arm": "calibrated", **opus}),
+    ]
+
+
+def runs(options: argparse.Namespace) -> list[Run]:
+    """Every run of the table, seeds outermost so that a part of the grid is already paired."""
+    scale = SCALES[options.scale]
+    return [
+        Run("table3", "Table 3", method, row, arm,
+            RunConfig(selector, selector_options, optimizer=optimizer, seed=seed, **scale.run),
+            scale.name, options.paper_tasks)
+        for optimizer in ("adamw",)
+        for seed in range(options.seeds or scale.seeds)
+        for method, row, arm, selector, selector_options in methods(scale.window, scale.sketch_width)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(runs, __doc__))
