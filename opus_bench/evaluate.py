@@ -23,12 +23,12 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -119,7 +119,8 @@ def write_suite(
         if not any(texts):
             raise ValueError(f"domain '{domain}' has no text for bits per byte: give documents or drop it")
     domains = {
-        domain: [text[:BITS_CHARACTERS] for text in texts if text][:BITS_DOCUMENTS] for domain, texts in bpb_documents.items()
+        domain: [text[:BITS_CHARACTERS] for text in texts if text][:BITS_DOCUMENTS]
+        for domain, texts in bpb_documents.items()
     }
     inputs = [RULES_VERSION, list(documents), list(reference_texts), domains, size, seed]
     inputs_sha256 = _sha256(json.dumps(inputs, sort_keys=True))
@@ -134,12 +135,20 @@ def write_suite(
     return suite
 
 
-def _build_suite(directory: Path, documents, reference_texts, domains, size: int, seed: int, inputs_sha256: str) -> None:
+def _build_suite(
+    directory: Path, documents, reference_texts, domains, size: int, seed: int, inputs_sha256: str
+) -> None:
     counts = item_rules.word_counts(reference_texts)
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        manifest: dict[str, Any] = {"size": size, "seed": seed, "inputs_sha256": inputs_sha256, "tasks": {}, "domains": {}}
+        manifest: dict[str, Any] = {
+            "size": size,
+            "seed": seed,
+            "inputs_sha256": inputs_sha256,
+            "tasks": {},
+            "domains": {},
+        }
         for name, items in item_rules.build_items(documents, reference_texts, size, seed).items():
             part = _write_part(scratch, name, item_rules.to_jsonl(items), len(items))
             part |= {"chance": item_rules.chance(items), "surface": item_rules.surface_baselines(items, counts)}
@@ -180,7 +189,7 @@ def load_suite(directory: str | Path) -> Suite:
     for part in (*tasks.values(), *domains.values()):
         path = directory / part.file
         if not path.exists() or _sha256(path.read_text(encoding="utf-8")) != part.sha256:
-            raise ValueError(f"{path} is missing or differs from its hash in suite.json: remove {directory} to rebuild it")
+            raise ValueError(f"{path} is missing or differs from its hash in suite.json: remove {directory} to rebuild")
     return Suite(directory, tasks, domains, **manifest)
 
 
@@ -241,7 +250,8 @@ def _quiet(description: str, total: int | None = None) -> Iterator[None]:
         warnings.simplefilter("ignore")
         shared = stack.enter_context(tqdm(total=total, desc=description, leave=False, disable=None))
         for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-            stack.enter_context(mock.patch.object(module, "tqdm", lambda *args, **kwargs: _Bar(shared, *args, **kwargs)))
+            stack.callback(setattr, module, "tqdm", module.tqdm)
+            module.tqdm = partial(_Bar, shared)
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
@@ -254,13 +264,15 @@ def _quiet(description: str, total: int | None = None) -> Iterator[None]:
                 datasets.enable_progress_bars()
 
 
-def _run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, loaded: dict, batch_size: int, limit: int | None) -> dict:
+def _run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, loaded: dict, batch_size: int, limit: int | None
+) -> dict:
     """lm-eval's results on loaded tasks, samples included, every log-likelihood finite."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no bos_token and no eos_token: set one, a document's first token is scored after it")
+        raise ValueError("the tokenizer has no bos_token and no eos_token: set one to score a text's first token after")
     for task in loaded["tasks"].values():
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
@@ -269,7 +281,10 @@ def _run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, loaded: dic
     try:
         results = evaluator.evaluate(lm, loaded, limit=limit, log_samples=True, bootstrap_iters=1)
     except AssertionError as error:
-        raise ValueError(f"an option is empty or longer than the {lm.max_length} tokens the model takes: give a longer context") from error
+        message = (
+            f"an option is empty or longer than the {lm.max_length} tokens the model takes: give it more positions"
+        )
+        raise ValueError(message) from error
     for name, samples in results["samples"].items():
         for sample in samples:
             values = _loglikelihoods(sample)
@@ -384,7 +399,7 @@ def _mean_row(rows: Sequence[dict]) -> dict:
 def _ratio_stderr(pairs: Sequence[tuple[float, int]]) -> float | None:
     """Standard error of bits per byte from (log-likelihood, bytes) of each document.
 
-        r = sum l_i / sum b_i,   Var r ~ n / (n - 1) sum (l_i - r b_i)^2 / (sum b_i)^2
+    r = sum l_i / sum b_i,   Var r ~ n / (n - 1) sum (l_i - r b_i)^2 / (sum b_i)^2
     """
     n = len(pairs)
     if n < 2:
@@ -484,7 +499,8 @@ def evaluate_paper_suite(
                 reason = f"{type(error).__name__}: {_first_line(error)}"
                 rows.append({"task": task.name, "status": f"not run: {reason}", "reason": str(error)})
                 continue
-            rows.append(_paper_row(task, _run(model, tokenizer, loaded, batch_size, limit), loaded["tasks"], batch_size, limit))
+            results = _run(model, tokenizer, loaded, batch_size, limit)
+            rows.append(_paper_row(task, results, loaded["tasks"], batch_size, limit))
     return rows
 
 

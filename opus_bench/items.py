@@ -50,7 +50,24 @@ NEIGHBOURHOOD = 40
 AGREEMENT = (("is", "are"), ("was", "were"), ("has", "have"))
 PREPOSITIONS = ("of", "in", "to", "by", "for", "with", "from", "on")
 BARE_VERB_AFTER = frozenset("to may might would could should must can will shall did does do not".split())
-SUFFIXES = ("ing", "ed", "ly", "tion", "sion", "ment", "ness", "ity", "ism", "al", "ic", "ous", "ive", "ful", "er", "or")
+SUFFIXES = (
+    "ing",
+    "ed",
+    "ly",
+    "tion",
+    "sion",
+    "ment",
+    "ness",
+    "ity",
+    "ism",
+    "al",
+    "ic",
+    "ous",
+    "ive",
+    "ful",
+    "er",
+    "or",
+)
 FUNCTION_WORDS = frozenset(
     """about above after again against all along also although always among another around because been before
     being below between both cannot could does doing down during each either else even ever every from further
@@ -187,7 +204,9 @@ def _preposition(sentence: Sentence, cell: str, lexicon: Lexicon, generator) -> 
             yield "", sentence.with_word(place, word), [sentence.with_word(place, other) for other in others]
 
 
-def _content_words(sentence: Sentence, cell: str, lexicon: Lexicon, generator, first: int) -> Iterator[tuple[int, list[str]]]:
+def _content_words(
+    sentence: Sentence, cell: str, lexicon: Lexicon, generator, first: int
+) -> Iterator[tuple[int, list[str]]]:
     seen = Counter(WORD.findall(f"{sentence.before} {' '.join(sentence.words)}"))
     commoner = int(cell)
     for place, word in enumerate(sentence.words[first:-1], start=first):

@@ -3,8 +3,8 @@
     paper        Eq 23-26 as written: sketched utility, eta and eta^2, temperature .9 on raw scores
     released     what the authors' code computes: labels shifted twice, each layer's features
                  scaled by 1 / sqrt(d_in d_out), the rest as in the paper
-    calibrated   ours: exact alignment, redundancy weighted by measured curvature, temperature set
-                 per draw by a target effective sample size
+    calibrated   ours: exact alignment over all weights with a larger, less frequent proxy batch,
+                 temperature set per draw by a target effective sample size, no redundancy term
 
 An arm is a set of defaults; every knob can be set by itself.
 """
@@ -96,10 +96,12 @@ class Opus:
     # after a step on the mean of ``size`` updates, h the curvature along them (ours).  A number:
     # that weight in place of h / size.  0 leaves the term out.
     curvature_every: int = 25  # steps between measurements of h (ours)
+    proxy_every: int = 1  # steps that a proxy gradient serves [P: 1]; P_t is always the live one
     sampling: Literal["boltzmann", "greedy", "top_k"] = "boltzmann"  # [P] Eq 26; Table 7 has greedy
     temperature: float | None = 0.9  # in units of the utility [P]
     effective_share: float | None = None  # or: target ESS of each draw / candidates left (ours: .25)
     _curvature: float | None = field(default=None, repr=False)
+    _proxy_gradient: dict[str, Tensor] | None = field(default=None, repr=False)
 
     @staticmethod
     def arm(name: str, **overrides: Any) -> Opus:
@@ -111,6 +113,9 @@ class Opus:
     def __post_init__(self) -> None:
         if self.window <= self.label_shift:
             raise ValueError(f"window must exceed {self.label_shift} tokens, got {self.window}")
+        for name in ("curvature_every", "proxy_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 step, got {getattr(self, name)}")
         if self.sketch_width < 1:
             raise ValueError(f"sketch_width must be at least 1, got {self.sketch_width}")
         if isinstance(self.redundancy, str) and self.redundancy not in ("paper", "measured"):
@@ -164,7 +169,9 @@ class Opus:
         names = layer_names(state.model, self.layers)
         p = preconditioners(state.optimizers, parameter_names(state.model, names))
         proxy_tokens = state.proxy[:, : self.window]
-        proxy, _ = mean_gradient(state.model, proxy_tokens, names, self.label_shift)
+        if self._proxy_gradient is None or state.step % self.proxy_every == 0:
+            self._proxy_gradient, _ = mean_gradient(state.model, proxy_tokens, names, self.label_shift)
+        proxy = self._proxy_gradient
         gradients = capture(state.model, tokens[:, : self.window], names, self.label_shift)
 
         eta = {k: v.learning_rate if self.utility_scale == "learning_rate" else 1.0
@@ -204,17 +211,17 @@ class Opus:
         return self._curvature
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curvature": self._curvature}
+        return {"curvature": self._curvature, "proxy_gradient": self._proxy_gradient}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._curvature = state["curvature"]
+        self._curvature, self._proxy_gradient = state["curvature"], state["proxy_gradient"]
 
 
 ARMS: dict[str, Opus] = {
     "paper": Opus(arm_name="paper"),
     "released": Opus(arm_name="released", label_shift=2, layer_scaling=True),
     "calibrated": Opus(
-        arm_name="calibrated", estimator="exact", utility_scale="one", redundancy="measured",
-        temperature=None, effective_share=0.25,
+        arm_name="calibrated", layers="all", estimator="exact", utility_scale="one", redundancy=0.0,
+        proxy_every=8, temperature=None, effective_share=0.25,
     ),
 }

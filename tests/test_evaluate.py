@@ -53,7 +53,10 @@ def reference():
 
 @pytest.fixture(scope="module")
 def domains():
-    return {"plain": [" ".join(synthetic_documents(3, seed)) for seed in (5, 6, 7)], "odd": ["naïve café – ünïcode", "x = [1, 2]\n"]}
+    return {
+        "plain": [" ".join(synthetic_documents(3, seed)) for seed in (5, 6, 7)],
+        "odd": ["naïve café – ünïcode", "x = [1, 2]\n"],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,9 @@ def bigram(words):
 
 def tiny_gpt2(tokenizer):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -227,18 +232,52 @@ def test_evaluation_is_repeatable_and_leaves_no_trace(pieces, suite, capfd):
     model.transformer.h[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
     tensors = {name: (id(p), p.clone(), p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    pad = pieces.pad_token_id
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces.backend_tokenizer, eos_token=END)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    first = evaluate(model, pieces, suite)
-    assert evaluate(model, pieces, suite) == first
+    first = evaluate(model, tokenizer, suite)
+    assert evaluate(model, tokenizer, suite) == first
     assert {name: module.training for name, module in model.named_modules()} == modes
     for name, p in model.named_parameters():
-        assert (id(p), p.requires_grad, p.grad) == (tensors[name][0], *tensors[name][2:]) and torch.equal(p, tensors[name][1])
-    assert pieces.pad_token_id == pad
+        assert (id(p), p.requires_grad, p.grad) == (tensors[name][0], *tensors[name][2:]) and torch.equal(
+            p, tensors[name][1]
+        )
+    assert tokenizer.pad_token_id is None
     assert random.getstate() == states[0]
     assert np.random.get_state()[2] == states[1][2] and (np.random.get_state()[1] == states[1][1]).all()
     assert torch.equal(torch.get_rng_state(), states[2])
     assert capfd.readouterr() == ("", "")
+
+
+def test_logging_and_progress_bars_of_others_are_left_as_they_were(bigram, words, suite):
+    import logging
+
+    import datasets
+    import lm_eval.api.task
+
+    logger, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
+    datasets.enable_progress_bars()
+    logger.setLevel(logging.WARNING)
+    evaluate(bigram, words, suite, limit=1)
+    assert logger.level == logging.WARNING
+    assert lm_eval.api.task.tqdm is bar and isinstance(bar, type)
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_whatever_lm_eval_seeds_is_undone(bigram, words, suite, monkeypatch):
+    from lm_eval import evaluator
+
+    inner = evaluator.evaluate
+
+    def seeding(*args, **kwargs):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(evaluator, "evaluate", seeding)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    want = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    evaluate(bigram, words, suite, limit=1)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == want
 
 
 def test_modes_and_random_states_are_restored_after_an_error(words, suite):
@@ -290,6 +329,13 @@ def test_a_suite_of_other_inputs_or_with_a_changed_file_is_refused(tmp_path, doc
     path.unlink()
     with pytest.raises(ValueError, match="article.jsonl is missing or differs"):
         write_suite(suite.directory, documents, reference, domains, SIZE, seed=0)
+
+
+def test_the_slower_of_two_builders_takes_what_the_faster_wrote(tmp_path, documents, reference, domains):
+    mine = write_suite(tmp_path / "suite", documents, reference, domains, SIZE, seed=0)
+    evaluation._build_suite(mine.directory, documents, reference, domains, SIZE, 1, "later")
+    assert load_suite(mine.directory) == mine
+    assert [path.name for path in tmp_path.iterdir()] == ["suite"]
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path, documents, reference, domains):
@@ -395,7 +441,11 @@ def test_the_papers_rule_is_the_lowest_mean_negative_log_likelihood(bigram, word
         ids = words.encode(continuation)
         return table_loglikelihood(bigram, words.encode(context)[-1:] + ids) / len(ids)
 
-    tasks = [PaperTask("Q", ("questions",), 7), PaperTask("G", ("gaps",), None), PaperTask("both", ("questions", "gaps"), None)]
+    tasks = [
+        PaperTask("Q", ("questions",), 7),
+        PaperTask("G", ("gaps",), None),
+        PaperTask("both", ("questions", "gaps"), None),
+    ]
     rows = evaluate_paper_suite(bigram, words, [*tasks, PaperTask("lost", ("no_such_task",), 1)])
     right = {
         "Q": [int(np.argmax([mean(q["q"], option) for option in q["options"]])) == q["label"] for q in questions],

@@ -11,7 +11,16 @@ from collections import Counter
 import pytest
 
 from opus_bench import items as rules
-from opus_bench.items import Item, Lexicon, build_items, from_jsonl, split_sentences, surface_baselines, to_jsonl, word_counts
+from opus_bench.items import (
+    Item,
+    Lexicon,
+    build_items,
+    from_jsonl,
+    split_sentences,
+    surface_baselines,
+    to_jsonl,
+    word_counts,
+)
 
 SIZE = 24
 NOUNS = """river mountain city castle forest church school temple market garden bridge harbour planet engine
@@ -95,7 +104,9 @@ def test_the_answer_is_what_the_text_says_and_no_distractor_is(documents, items,
         if item.context:
             assert f"{item.context} {item.choices[item.answer]} " in whole
         else:
-            assert [choice in originals for choice in item.choices] == [i == item.answer for i in range(len(item.choices))]
+            assert [choice in originals for choice in item.choices] == [
+                i == item.answer for i in range(len(item.choices))
+            ]
 
 
 @pytest.mark.parametrize("name", ["agreement", "article", "number", "preposition", "cloze_sentence"])
@@ -122,21 +133,37 @@ def test_no_sentence_serves_two_items(items):
     assert len(sentences) == len(set(sentences))
 
 
+def cloze_words(item):
+    """The options of a cloze item, single words whichever way it is scored."""
+    if item.context:
+        return item.choices
+    place = next(i for i, column in enumerate(zip(*map(str.split, item.choices))) if len(set(column)) > 1)
+    return [choice.split()[place] for choice in item.choices]
+
+
 @pytest.mark.parametrize("name", ["cloze", "cloze_sentence"])
 def test_cloze_options_share_class_and_neighbourhood_and_balance_the_rank(reference, items, name):
     lexicon = Lexicon(reference)
     for item in items[name]:
-        words = item.choices
-        if not item.context:
-            place = next(i for i, column in enumerate(zip(*map(str.split, item.choices))) if len(set(column)) > 1)
-            words = [choice.split()[place] for choice in item.choices]
+        words = cloze_words(item)
         assert len({rules.word_class(word) for word in words}) == 1
         members = [word for _, word in lexicon.classes[rules.word_class(words[0])]]
         ranks = [members.index(word) for word in words]
         assert sum(rank > ranks[item.answer] for rank in ranks) == int(item.cell)
         assert max(abs(rank - ranks[item.answer]) for rank in ranks) <= rules.NEIGHBOURHOOD
-        for word in words:
-            assert not re.search(rf"\b{word}\b", item.context)
+
+
+@pytest.mark.parametrize("name", ["cloze", "cloze_sentence"])
+def test_no_cloze_option_can_be_copied_from_the_text_around_it(documents, reference, name):
+    sentences = [s for document in documents for s in split_sentences(document)]
+    for item in build_items(documents, reference, 48, seed=3)[name]:
+        answer = f"{item.context} {item.choices[item.answer]}".strip()
+        (sentence,) = [
+            s for s in sentences if answer in f"{s.before} {' '.join(s.words)}" and " ".join(s.words)[:20] in answer
+        ]
+        around = Counter(re.findall(r"\w+", f"{sentence.before} {' '.join(sentence.words)}"))
+        words = cloze_words(item)
+        assert [around[word] for word in words] == [int(place == item.answer) for place in range(4)]
 
 
 @pytest.mark.parametrize("name", ["agreement", "article", "number", "word_swap"])
