@@ -28,7 +28,8 @@ def build_selector(name: str, options: dict[str, Any], corpus: Corpus, length: i
         if name == "perplexity":
             return Perplexity(**options)
         if name == "quality":
-            return StaticQuality(classifier_scores(corpus, length), **options)
+            scores, seconds = classifier_scores(corpus, length)
+            return StaticQuality(scores, scoring_s=seconds, **options)
         return Opus.arm(options.get("arm", "calibrated"),
                         **{k: v for k, v in options.items() if k != "arm"})
     except TypeError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,16 +30,20 @@ from opus_bench.stream import CandidateStream
 FORMAT = 1  # of the cached scores; raise it when the classifier changes
 
 
-def classifier_scores(corpus: Corpus, length: int, negatives: int = 4000) -> np.ndarray:
-    """Log-odds of being target text for every pool sequence, float32, indexed by its id.
+def classifier_scores(
+    corpus: Corpus, length: int, negatives: int = 4000
+) -> tuple[np.ndarray, float]:
+    """Log-odds of being target text for every pool sequence, float32, by its id; and the seconds.
 
-    Scored once per corpus and length and cached beside the corpus; deterministic.
-    Cost: tokenising and hashing the whole pool, about 10 s per 10 M tokens on one core.
+    Scored once per corpus and length and cached beside the corpus, with the time that it took;
+    deterministic.  Cost: decoding and hashing the whole pool.
     """
     key = json.dumps([FORMAT, corpus.train_sha256, corpus.proxy_sha256, length, negatives])
-    path = corpus.directory / f"quality-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
+    path = corpus.directory / f"quality-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
     if path.exists():
-        return np.load(path, allow_pickle=False)
+        with np.load(path, allow_pickle=False) as saved:
+            return saved["scores"], float(saved["seconds"])
+    started = time.perf_counter()
     tokenizer = corpus.tokenizer()
     target = corpus.sequences("proxy", corpus.spec.target, length)
     vectorizer = HashingVectorizer(ngram_range=(1, 2), n_features=2**18, alternate_sign=False)
@@ -60,9 +65,9 @@ def classifier_scores(corpus: Corpus, length: int, negatives: int = 4000) -> np.
         scores[ids[part].numpy()] = classifier.decision_function(features(tokens[part]))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        np.save(file, scores)
+        np.savez(file, scores=scores, seconds=time.perf_counter() - started)
     os.replace(temporary, path)
-    return scores
+    return classifier_scores(corpus, length, negatives)
 
 
 @dataclass
@@ -71,10 +76,12 @@ class StaticQuality(Stateless):
 
     scores: one number per pool sequence id, higher is better; -inf marks ids that do not exist.
     kept_share: share of the pool that the fixed subset holds, in (0, 1].
+    scoring_s: seconds that scoring the pool took, for the record.
     """
 
     scores: np.ndarray
     kept_share: float = 0.5
+    scoring_s: float = 0.0
     threshold: float = field(init=False)
 
     def __post_init__(self) -> None:

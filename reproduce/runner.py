@@ -41,7 +41,13 @@ class Run:
     arm: str | None  # paper, released or calibrated, for OPUS
     config: RunConfig
     scale: str
+    deviations: tuple[str, ...] = ()  # from the paper's setting
     paper_tasks: bool = False  # evaluate the paper's tasks too (needs a hub)
+
+    @property
+    def label(self) -> str:
+        """The method with its arm."""
+        return self.method if self.arm is None else f"{self.method} ({self.arm})"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -93,11 +99,11 @@ def arguments(description: str) -> argparse.Namespace:
 
 def choose(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
     """The runs that the options ask for."""
-    known = list(dict.fromkeys(run.method for run in runs))
+    known = list(dict.fromkeys(run.label for run in runs))
     for name in options.methods or []:
         if name not in known:
             raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}")
-    return [run for run in runs if options.methods is None or run.method in options.methods]
+    return [run for run in runs if options.methods is None or run.label in options.methods]
 
 
 def main(make_runs: Callable[[argparse.Namespace], list[Run]], description: str) -> int:
@@ -144,7 +150,7 @@ def _print_plan(runs: list[Run], done: set[str]) -> None:
         c = run.config
         state = "done" if run.run_id in done else "to do"
         tokens += 0 if state == "done" else c.update_tokens
-        print(f"  {run.run_id}  {state:5}  {run.method:18} {c.optimizer:6} seed {c.seed}  "
+        print(f"  {run.run_id}  {state:5}  {run.label:18} {c.optimizer:6} seed {c.seed}  "
               f"{c.steps} steps x {c.selected_size} of {c.buffer} x {c.length} tokens")
     print(f"{len(runs)} runs, {len(done)} done, {tokens:,} update tokens to go")
 
@@ -170,8 +176,9 @@ def _work(todo: list[Run], options: argparse.Namespace) -> int:
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
+    # a fresh process for each run, so that its peak memory is its own
     pool = ProcessPoolExecutor(options.workers, mp_context=context, initializer=_start_worker,
-                               initargs=(queue, os.getpid()))
+                               initargs=(queue, os.getpid()), max_tasks_per_child=1)
     try:
         futures = {pool.submit(_execute_in_worker, run, options.results): run for run in todo}
         for future in as_completed(futures):
@@ -179,8 +186,8 @@ def _work(todo: list[Run], options: argparse.Namespace) -> int:
             try:
                 future.result()
             except Exception as error:
-                raise ValueError(f"run {run.run_id} ({run.method}, seed {run.config.seed}): {error}") from error
-            bar.set_postfix_str(f"{run.method} seed {run.config.seed} done")
+                raise ValueError(f"run {run.run_id} ({run.label}, seed {run.config.seed}): {error}") from error
+            bar.set_postfix_str(f"{run.label} seed {run.config.seed} done")
     except BaseException:
         for process in list(pool._processes.values()):
             process.terminate()
@@ -298,7 +305,7 @@ def execute(run: Run, results_dir: Path, on_progress: Callable[[int], None] = la
             "method": run.method,
             "paper": {"arxiv": results.ARXIV, "item": run.item, "row": run.paper_row},
             "config": run.settings,
-            "deviations": list(scale.deviations),
+            "deviations": list(run.deviations),
             "data": {
                 "spec_sha256": corpus.spec.sha256,
                 "train_sha256": corpus.train_sha256,
@@ -316,6 +323,8 @@ def execute(run: Run, results_dir: Path, on_progress: Callable[[int], None] = la
                 "select_s": progress.select_s,
                 "eval_s": progress.eval_s,
                 "peak_bytes": progress.peak_bytes,
+                # a static score of the whole pool, made once for all seeds; not part of select_s
+                "static_scoring_s": getattr(selector, "scoring_s", 0.0),
             },
             "metrics": progress.metrics,
             "evals": rows,

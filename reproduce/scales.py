@@ -37,7 +37,7 @@ SCALES = {
     "ci": Scale(
         name="ci",
         corpus=CorpusSpec.ci(),
-        run=dict(model="ci", steps=8, length=64, buffer=8, proxy_size=4, evaluations=2,
+        run=dict(model="ci", steps=24, length=64, buffer=8, proxy_size=4, evaluations=2,
                  validation_sequences=8, checkpoint_every=2),
         window=32,
         sketch_width=512,
@@ -51,7 +51,7 @@ SCALES = {
         corpus=CorpusSpec(vocab_size=2048),
         run=dict(model="tiny", embedding_std=0.5, adam_lr=0.02, steps=400, length=160, buffer=16,
                  proxy_size=8, evaluations=20, validation_sequences=64, checkpoint_every=25),
-        window=48,
+        window=40,
         sketch_width=8192,
         suite_size=200,
         seeds=3,

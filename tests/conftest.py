@@ -7,9 +7,16 @@ derived and never tuned.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+
 import pytest
 import torch
+from fake_corpus import SPEC, write_fakes
 from small_models import perturbed, small_paper_gpt2
+
+from opus_bench.archives import ARCHIVES
+from opus_bench.corpus import build_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +28,22 @@ def one_thread():
 def model():
     torch.manual_seed(0)
     return perturbed(small_paper_gpt2())
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache whose archives are fakes, pinned for the length of the module."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "archives").mkdir()
+    write_fakes(cache / "archives")
+    with pytest.MonkeyPatch.context() as patch:
+        for key, archive in list(ARCHIVES.items()):
+            digest = hashlib.sha256((cache / "archives" / archive.filename).read_bytes()).hexdigest()
+            patch.setitem(ARCHIVES, key, dataclasses.replace(archive, sha256=digest))
+        yield cache
+
+
+@pytest.fixture(scope="module")
+def corpus(cache):
+    """A small corpus of invented words."""
+    return build_corpus(SPEC, cache, progress=False)

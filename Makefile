@@ -1,0 +1,28 @@
+# make reproduce   the smoke grid of Table 3: real text in, table and figures out
+# make test        the tests
+# make report      tables and figures again, from the records alone
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: reproduce test report setup clean
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+reproduce: setup
+	$(BIN)/python -m reproduce.table3 --scale smoke
+
+test: setup
+	$(BIN)/python -m pytest
+
+report: setup
+	$(BIN)/opus-bench report
+
+clean:
+	rm -rf $(VENV) build *.egg-info results/work

@@ -1,0 +1,68 @@
+"""What a newcomer relies on: pins that agree, commands and paths of the README that exist."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pins():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_conda_environment_has_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["dependencies"][-1]["pip"] == pins()
+    assert environment["dependencies"][0] == "python=3.11"
+    assert all(re.fullmatch(r"[a-z0-9-]+(\[hf\])?==[\w.]+", pin) for pin in pins())
+
+
+def test_every_declared_dependency_is_pinned_at_or_above_its_bound():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {re.split(r"[\[=]", pin)[0]: pin.split("==")[1] for pin in pins()}
+    declared = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    for line in declared:
+        name, bound = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", line).groups()
+        as_numbers = [[int(x) for x in v.split(".")] for v in (pinned[name], bound)]
+        assert as_numbers[0] >= as_numbers[1], line
+
+
+def readme():
+    return (ROOT / "README.md").read_text()
+
+
+def test_every_link_of_the_readme_points_at_something():
+    targets = re.findall(r"\]\(([^)#]+)(?:#L?[\w-]*)?\)", readme())
+    assert len(targets) > 10
+    for target in targets:
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_every_make_target_and_module_of_the_readme_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake (\w+)", readme())):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for module in set(re.findall(r"python -m ([\w.]+)", readme())):
+        if not module.startswith("pytest"):
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+def test_every_function_the_readme_links_is_on_that_line_of_thought():
+    """`[name](file)` in code style names something that the file defines."""
+    for name, path in re.findall(r"\[`([A-Za-z_.]+)`\]\(([\w/]+\.py)\)", readme()):
+        source = (ROOT / path).read_text()
+        assert re.search(rf"(def|class) {name.split('.')[-1]}\b", source), (name, path)
+
+
+@pytest.mark.parametrize("folder", ["opus_bench", "baselines", "reproduce", "tests"])
+def test_arrows_between_rooms_go_one_way(folder):
+    forbidden = {"opus_bench": ("baselines", "reproduce"), "baselines": ("reproduce",)}.get(folder, ())
+    for path in (ROOT / folder).glob("*.py"):
+        for name in forbidden:
+            assert not re.search(rf"^\s*(from|import) {name}\b", path.read_text(), re.M), path
