@@ -75,7 +75,8 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "blocks") -> lis
 
     Args:
         layers: "blocks", every linear layer but the output head (the choice of the paper and its
-            code); "all", those and the embeddings and head; or module names.
+            code); "matrices", those and the embeddings and head, which leaves out norms' weights;
+            "all", the same, but an error if that leaves anything out; or module names.
 
     Raises:
         ValueError: for an unknown name, a module of a kind that cannot be scored, and for "all"
@@ -83,7 +84,7 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "blocks") -> lis
     """
     refuse_compiled(model)
     modules = dict(model.named_modules())
-    if isinstance(layers, str) and layers in ("blocks", "all"):
+    if isinstance(layers, str) and layers in ("blocks", "matrices", "all"):
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if layers == "blocks":
             names = [k for k, m in modules.items() if isinstance(m, LINEAR_KINDS) and m is not head]
@@ -91,17 +92,17 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "blocks") -> lis
             names = [k for k, m in modules.items() if isinstance(m, SCORED_KINDS)]
             covered = {id(p) for k in names for p in modules[k].parameters(recurse=False)}
             missed = [k for k, p in model.named_parameters() if id(p) not in covered]
-            if missed:
+            if missed and layers == "all":
                 raise ValueError(
                     f"layers='all' cannot score {', '.join(missed)}: only weights and biases of "
                     "Linear, Conv1D and Embedding modules have factored gradients; "
-                    "use layers='blocks' or name the layers"
+                    "use layers='matrices' to leave them out"
                 )
     else:
         names = [layers] if isinstance(layers, str) else list(layers)
         for name in names:
             if name not in modules:
-                raise ValueError(f"no layer named {name!r}; 'blocks', 'all' or names of modules")
+                raise ValueError(f"no layer named {name!r}; 'blocks', 'matrices', 'all' or names of modules")
             if not isinstance(modules[name], SCORED_KINDS):
                 raise ValueError(f"layer {name!r} is a {type(modules[name]).__name__}; "
                                  "only Linear, Conv1D and Embedding can be scored")
@@ -163,9 +164,20 @@ def capture(
     modules = dict(model.named_modules())
     canonical = {id(p): name for name, p in model.named_parameters()}
     calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def observe(name: str, a: Tensor, output: Tensor) -> Tensor:
+        """Note input and output of one call; a call shared by all samples is made one per sample."""
+        if len(output) == 1 < len(tokens):  # position embeddings are looked up once and broadcast
+            a, output = (x.expand(len(tokens), *x.shape[1:]) for x in (a, output))
+        if output.ndim != 3 or len(output) != len(tokens):
+            raise ValueError(f"layer {name!r} has output {tuple(output.shape)} for {len(tokens)} "
+                             "samples; only (samples, positions, features) can be scored")
+        calls.append((name, a.detach(), output))
+        return output
+
     handles = [
         modules[name].register_forward_hook(
-            lambda module, args, output, name=name: calls.append((name, args[0].detach(), output))
+            lambda module, args, output, name=name: observe(name, args[0], output)
         )
         for name in layers
     ]

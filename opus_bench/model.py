@@ -88,6 +88,13 @@ def rotary(x: Float[Tensor, "n h t e"]) -> Float[Tensor, "n h t e"]:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
 
 
+def zero_linear(columns: int, rows: int) -> nn.Linear:
+    """A linear layer marked to start at zero."""
+    layer = nn.Linear(columns, rows, bias=False)
+    layer.starts_at_zero = True
+    return layer
+
+
 class Attention(nn.Module):
     """Causal self-attention with normalised queries and keys."""
 
@@ -96,7 +103,7 @@ class Attention(nn.Module):
         d = config.hidden_size
         self.heads, self.scale = config.num_attention_heads, config.attention_scale
         self.q, self.k, self.v = (nn.Linear(d, d, bias=False) for _ in range(3))
-        self.out = nn.Linear(d, d, bias=False)
+        self.out = zero_linear(d, d)
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         n, t, d = x.shape
@@ -114,7 +121,7 @@ class Block(nn.Module):
         d = config.hidden_size
         self.attention = Attention(config)
         self.up = nn.Linear(d, 4 * d, bias=False)
-        self.down = nn.Linear(4 * d, d, bias=False)
+        self.down = zero_linear(4 * d, d)
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         x = x + self.attention(rms_norm(x))
@@ -141,10 +148,8 @@ class OpusGPT2(PreTrainedModel):
         """Uniform with standard deviation .5 / sqrt(width); output projections zero."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.embedding_std)
-        elif isinstance(module, Attention):
-            nn.init.zeros_(module.out.weight)
-        elif isinstance(module, Block):
-            nn.init.zeros_(module.down.weight)
+        elif getattr(module, "starts_at_zero", False):
+            nn.init.zeros_(module.weight)
         elif isinstance(module, nn.Linear) and module is not self.head:
             bound = math.sqrt(3) * 0.5 / math.sqrt(module.in_features)
             nn.init.uniform_(module.weight, -bound, bound)

@@ -221,7 +221,7 @@ ARMS: dict[str, Opus] = {
     "paper": Opus(arm_name="paper"),
     "released": Opus(arm_name="released", label_shift=2, layer_scaling=True),
     "calibrated": Opus(
-        arm_name="calibrated", layers="all", estimator="exact", utility_scale="one", redundancy=0.0,
+        arm_name="calibrated", layers="matrices", estimator="exact", utility_scale="one", redundancy=0.0,
         proxy_every=8, temperature=None, effective_share=0.25,
     ),
 }

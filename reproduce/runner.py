@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opus_bench import results
+from opus_bench import provenance, results, schema
 from opus_bench.corpus import Corpus, build_corpus
 from opus_bench.train import RunConfig
 
@@ -28,6 +28,7 @@ from .scales import SCALES, Scale
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = Path(__file__).with_name("reported.csv")
 SUITE_SEED = 0
+PRELOADED = ["baselines", "opus_bench.train", "opus_bench.evaluate", "lm_eval.models.huggingface"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Run:
     def run_id(self) -> str:
         """Identity of the run: the name of its record."""
         spec = SCALES[self.scale].corpus.sha256
-        return results.run_id(self.experiment, self.settings, spec, results.code_version())
+        return schema.run_id(self.experiment, self.settings, spec, provenance.code_version())
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -161,7 +162,8 @@ def _work(todo: list[Run], options: argparse.Namespace) -> int:
 
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when a worker starts
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once, then a fresh process a run
+    context.set_forkserver_preload(PRELOADED)
     queue = context.SimpleQueue()
     units = {run.run_id: run.config.steps + evaluation_units(run.config) for run in todo}
     bar = tqdm(total=sum(units.values()), unit="step", desc="runs", smoothing=0.05, mininterval=1)
@@ -178,7 +180,7 @@ def _work(todo: list[Run], options: argparse.Namespace) -> int:
     listener.start()
     # a fresh process for each run, so that its peak memory is its own
     pool = ProcessPoolExecutor(options.workers, mp_context=context, initializer=_start_worker,
-                               initargs=(queue, os.getpid()), max_tasks_per_child=1)
+                               initargs=(queue,), max_tasks_per_child=1)
     try:
         futures = {pool.submit(_execute_in_worker, run, options.results): run for run in todo}
         for future in as_completed(futures):
@@ -231,17 +233,17 @@ class _Memory:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(queue, parent: int) -> None:
+def _start_worker(queue) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers on ctrl-C
-    _worker.update(queue=queue, parent=parent)
+    _worker.update(queue=queue)
 
 
 def _execute_in_worker(run: Run, results_dir: Path) -> None:
     def on_progress(done: int) -> None:
-        if os.getppid() != _worker["parent"]:
-            os._exit(1)  # the parent was killed: leave the run to whoever resumes it
+        if not multiprocessing.parent_process().is_alive():
+            os._exit(1)  # killed: leave the run to whoever resumes it
         _worker["queue"].put((run.run_id, done))
 
     execute(run, results_dir, on_progress)
@@ -253,7 +255,7 @@ def evaluation_units(config: RunConfig) -> int:
 
 
 def _suite(corpus: Corpus, scale: Scale):
-    from opus_bench.evaluate import write_suite
+    from opus_bench.suite import write_suite
 
     target = corpus.spec.target
     directory = corpus.directory.parent / f"suite-{corpus.spec.sha256[:12]}-{scale.suite_size}-{SUITE_SEED}"
@@ -272,7 +274,8 @@ def execute(run: Run, results_dir: Path, on_progress: Callable[[int], None] = la
     from filelock import FileLock
 
     from baselines import build_selector
-    from opus_bench.evaluate import PAPER_TASKS, evaluate, evaluate_paper_suite, hub_problem
+    from opus_bench.evaluate import evaluate
+    from opus_bench.paper_suite import PAPER_TASKS, evaluate_paper_suite, hub_problem
     from opus_bench.train import train, weights_sha256
 
     scale, config = SCALES[run.scale], run.config
@@ -297,13 +300,13 @@ def execute(run: Run, results_dir: Path, on_progress: Callable[[int], None] = la
         selection = {"offered": progress.offered, "chosen": progress.chosen,
                      "per_step": progress.per_step, "notes": []}
         record = {
-            "schema": results.SCHEMA,
+            "schema": schema.SCHEMA,
             "run_id": run.run_id,
             "experiment": run.experiment,
             "scale": run.scale,
             "arm": run.arm,
             "method": run.method,
-            "paper": {"arxiv": results.ARXIV, "item": run.item, "row": run.paper_row},
+            "paper": {"arxiv": schema.ARXIV, "item": run.item, "row": run.paper_row},
             "config": run.settings,
             "deviations": list(run.deviations),
             "data": {
@@ -315,8 +318,8 @@ def execute(run: Run, results_dir: Path, on_progress: Callable[[int], None] = la
                 "selected_sha256": progress.selected_sha256,
                 "target_domain": corpus.spec.target,
             },
-            "code": {"version": results.code_version(), **results.git_state()},
-            "environment": results.environment(),
+            "code": {"version": provenance.code_version(), **provenance.git_state()},
+            "environment": provenance.environment(),
             "timing": {
                 "wall_s": progress.train_s + progress.select_s + progress.eval_s,
                 "train_s": progress.train_s,

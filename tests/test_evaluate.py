@@ -10,6 +10,7 @@ import math
 import random
 import threading
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,9 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from opus_bench import evaluate as evaluation
 from opus_bench import items as rules
-from opus_bench.evaluate import PAPER_TASKS, PaperTask, evaluate, evaluate_paper_suite, load_suite, write_suite
+from opus_bench import paper_suite, tables
+from opus_bench import suite as suites
+from opus_bench.evaluate import TEMPLATES, evaluate
+from opus_bench.paper_suite import PAPER_TASKS, PaperTask, evaluate_paper_suite
+from opus_bench.schema import check_eval
+from opus_bench.suite import load_suite, write_suite
 
 SIZE = 8
 END = "<|endoftext|>"
@@ -70,7 +75,7 @@ def words(documents, domains):
     tokenizer = Tokenizer(models.WordLevel(unk_token=END))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordLevelTrainer(special_tokens=[END], show_progress=False)
-    tokenizer.train_from_iterator(documents + sum(domains.values(), []), trainer)
+    tokenizer.train_from_iterator(documents + [text for texts in domains.values() for text in texts], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, unk_token=END)
 
 
@@ -111,7 +116,7 @@ def table_loglikelihood(model, ids):
     """Sum over pairs of log softmax(table[a])[b], in numpy."""
     table = model.table.detach().double().numpy()
     logs = table - np.log(np.exp(table).sum(1, keepdims=True))
-    return sum(logs[a, b] for a, b in zip(ids, ids[1:]))
+    return sum(logs[a, b] for a, b in pairwise(ids))
 
 
 def test_accuracy_equals_the_bigram_likelihoods_worked_by_hand(bigram, words, suite):
@@ -194,7 +199,7 @@ def test_a_model_that_knows_the_text_gets_all_and_one_that_inverts_it_none(docum
     table = torch.zeros(len(words), len(words))
     for document in documents:
         ids = [words.eos_token_id] + words.encode(document)
-        for a, b in zip(ids, ids[1:]):
+        for a, b in pairwise(ids):
             table[a, b] += 1
     for sign, want in ((1, 1.0), (-1, 0.0)):
         rows = by_task(evaluate(BigramModel(sign * (table + 0.01).log()), words, suite))
@@ -333,7 +338,7 @@ def test_a_suite_of_other_inputs_or_with_a_changed_file_is_refused(tmp_path, doc
 
 def test_the_slower_of_two_builders_takes_what_the_faster_wrote(tmp_path, documents, reference, domains):
     mine = write_suite(tmp_path / "suite", documents, reference, domains, SIZE, seed=0)
-    evaluation._build_suite(mine.directory, documents, reference, domains, SIZE, 1, "later")
+    suites._build_suite(mine.directory, documents, reference, domains, SIZE, 1, "later")
     assert load_suite(mine.directory) == mine
     assert [path.name for path in tmp_path.iterdir()] == ["suite"]
 
@@ -355,15 +360,15 @@ def test_documents_for_bits_per_byte_are_cut(tmp_path, documents, reference):
     many = {"long": ["é" * 5000] * 50}
     suite = write_suite(tmp_path / "suite", documents, reference, many, SIZE)
     lines = (suite.directory / suite.domains["long"].file).read_text().splitlines()
-    assert suite.domains["long"].n == len(lines) == evaluation.BITS_DOCUMENTS
-    assert json.loads(lines[0])["text"] == "é" * evaluation.BITS_CHARACTERS
+    assert suite.domains["long"].n == len(lines) == suites.BITS_DOCUMENTS
+    assert json.loads(lines[0])["text"] == "é" * suites.BITS_CHARACTERS
 
 
 # The paper's suite.
 
 
 def test_the_papers_tasks_are_not_run_without_a_hub(bigram, words, monkeypatch):
-    monkeypatch.setattr(evaluation, "hub_problem", lambda: "the cable is out")
+    monkeypatch.setattr(paper_suite, "hub_problem", lambda: "the cable is out")
     rows = evaluate_paper_suite(bigram, words)
     assert [row["task"] for row in rows] == [task.name for task in PAPER_TASKS]
     assert len(rows) == 10
@@ -376,10 +381,10 @@ def test_the_hub_is_found_missing_quickly(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "none")
-    assert "HF_HUB_OFFLINE is set" in evaluation.hub_problem()
+    assert "HF_HUB_OFFLINE is set" in paper_suite.hub_problem()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     (tmp_path / "a data set").touch()
-    assert evaluation.hub_problem() is None
+    assert paper_suite.hub_problem() is None
 
     class Session:
         def __init__(self, answer):
@@ -390,14 +395,14 @@ def test_the_hub_is_found_missing_quickly(tmp_path, monkeypatch):
 
     release = threading.Event()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(evaluation, "HUB_TIMEOUT", -0.9)  # a second of grace is added
+    monkeypatch.setattr(paper_suite, "HUB_TIMEOUT", -0.9)  # a second of grace is added
     for answer, want in [
         (lambda *_, **__: None, None),
         (refuse, "ConnectionError: refused"),
         (lambda *_, **__: release.wait(30), "no answer within -0.9 s"),
     ]:
         monkeypatch.setattr(huggingface_hub.utils, "get_session", partial(Session, answer))
-        assert evaluation.hub_problem() == want
+        assert paper_suite.hub_problem() == want
     release.set()
 
 
@@ -433,8 +438,8 @@ def test_the_papers_rule_is_the_lowest_mean_negative_log_likelihood(bigram, word
     for task, text, choices, target in [("questions", "q", "options", "label"), ("gaps", "which", "options", "end")]:
         fields = {"text": text, "choices": choices, "target": target, "cache": tmp_path / "cache"}
         (tmp_path / f"{task}.yaml").write_text(LOCAL.format(task=task, data=tmp_path / f"{task}.jsonl", **fields))
-    monkeypatch.setattr(evaluation, "hub_problem", lambda: None)
-    monkeypatch.setattr(evaluation, "TEMPLATES", tmp_path)
+    monkeypatch.setattr(paper_suite, "hub_problem", lambda: None)
+    monkeypatch.setattr(paper_suite, "TEMPLATES", tmp_path)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
 
     def mean(context, continuation):
@@ -468,15 +473,19 @@ def test_lm_eval_knows_every_task_of_the_paper():
     root = Path(lm_eval.tasks.__file__).parent
     folders = ("mmlu/continuation", "anli", "hellaswag", "piqa", "siqa", "winogrande", "super_glue/wsc")
     known = lm_eval.tasks.TaskManager(
-        include_path=[*(root / folder for folder in folders), evaluation.TEMPLATES], include_defaults=False
+        include_path=[*(root / folder for folder in folders), TEMPLATES], include_defaults=False
     )
     for task in PAPER_TASKS:
         assert set(task.lm_eval) <= set(known.all_tasks), task.name
 
 
 def test_rows_fit_the_results_schema(bigram, words, suite, monkeypatch):
-    from opus_bench.results import _check_eval
-
-    monkeypatch.setattr(evaluation, "hub_problem", lambda: "offline")
+    monkeypatch.setattr(paper_suite, "hub_problem", lambda: "offline")
     for row in evaluate(bigram, words, suite) + evaluate_paper_suite(bigram, words):
-        _check_eval(json.loads(json.dumps(row)), "evals[0]", "test")
+        check_eval(json.loads(json.dumps(row)), "evals[0]", "test")
+
+
+def test_the_tables_look_for_the_names_that_rows_have(bigram, words, suite, domains):
+    names = [row["task"] for row in evaluate(bigram, words, suite, limit=1)]
+    assert names == [*suite.tasks, tables.MEAN_ACCURACY, *(tables.BITS_PER_BYTE + domain for domain in domains)]
+    assert tables.PAPER_TASKS == tuple(task.name for task in PAPER_TASKS)

@@ -3,12 +3,13 @@ import copy
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from opus_bench import results
-from opus_bench.results import RecordError
+from opus_bench import provenance, results, schema
+from opus_bench.schema import RecordError
 
 SHA = "ab" * 32
 
@@ -22,7 +23,7 @@ def record_of(seed=0, method="Random", **changes):
         "scale": "smoke",
         "arm": None,
         "method": method,
-        "paper": {"arxiv": results.ARXIV, "item": "Table 3", "row": method},
+        "paper": {"arxiv": schema.ARXIV, "item": "Table 3", "row": method},
         "config": {"selector": "random", "optimizer": "adamw", "seed": seed, "lr": 0.001, "betas": [0.8, 0.95]},
         "deviations": ["4 layers instead of 48"],
         "data": {
@@ -35,7 +36,7 @@ def record_of(seed=0, method="Random", **changes):
             "target_domain": "encyclopedia",
         },
         "code": {"version": SHA, "commit": None, "dirty": None},
-        "environment": results.environment() | {"torch": "2.13.0", "numpy": "2.4.6"},
+        "environment": provenance.environment() | {"torch": "2.13.0", "numpy": "2.4.6"},
         "timing": {"wall_s": 12.5, "train_s": 10.0, "select_s": 0.0, "eval_s": 2.0, "peak_bytes": 10**8},
         "metrics": [
             {"step": 0, "tokens_seen": 0, "split": "val/news", "name": "loss", "unit": "nat/token", "value": 8.0}
@@ -72,7 +73,7 @@ def record_of(seed=0, method="Random", **changes):
         "final": {"weights_sha256": SHA},
     }
     record.update(changes)
-    record["run_id"] = results.run_id(
+    record["run_id"] = schema.run_id(
         record["experiment"], record["config"], record["data"]["spec_sha256"], record["code"]["version"]
     )
     return record
@@ -96,13 +97,13 @@ del_ = object()
 
 
 def test_a_valid_record_is_accepted():
-    results.validate(record_of())
+    schema.validate(record_of())
 
 
-@pytest.mark.parametrize("key", [*results.FIELDS])
+@pytest.mark.parametrize("key", [*schema.FIELDS])
 def test_every_top_level_key_is_required(key):
     with pytest.raises(RecordError, match=f"{key} is missing"):
-        results.validate(changed(key, del_))
+        schema.validate(changed(key, del_))
 
 
 @pytest.mark.parametrize(
@@ -147,17 +148,17 @@ def test_every_top_level_key_is_required(key):
 )
 def test_errors_name_the_file_the_key_and_the_value(path, value, message):
     with pytest.raises(RecordError, match=rf"^somewhere\.json: .*{message}"):
-        results.validate(changed(path, value), "somewhere.json")
+        schema.validate(changed(path, value), "somewhere.json")
 
 
 def test_run_id_is_pinned_and_follows_every_input():
     config = {"seed": 0, "lr": 1e-3}
-    first = results.run_id("table3", config, SHA, SHA)
+    first = schema.run_id("table3", config, SHA, SHA)
     assert first == "325769480338"
-    assert first == results.run_id("table3", {"lr": 1e-3, "seed": 0}, SHA, SHA)
+    assert first == schema.run_id("table3", {"lr": 1e-3, "seed": 0}, SHA, SHA)
     others = [("table4", config, SHA, SHA), ("table3", {"seed": 1, "lr": 1e-3}, SHA, SHA)]
     others += [("table3", config, "00" * 32, SHA), ("table3", config, SHA, "00" * 32)]
-    assert len({first, *(results.run_id(*other) for other in others)}) == 5
+    assert len({first, *(schema.run_id(*other) for other in others)}) == 5
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -167,7 +168,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert path == tmp_path / "runs" / f"{record['run_id']}.json"
     assert record == before
     got = results.read(path)
-    assert {key: got[key] for key in results.FIELDS} == record
+    assert {key: got[key] for key in schema.FIELDS} == record
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -252,7 +253,7 @@ def test_load_filters_and_sorts(tmp_path):
 
 
 def code_of(method):
-    return {"version": results._sha256(method), "commit": None, "dirty": None}
+    return {"version": schema.text_sha256(method), "commit": None, "dirty": None}
 
 
 def test_done_is_the_existence_of_the_record(tmp_path):
@@ -278,9 +279,9 @@ def test_a_directory_that_cannot_be_written_is_found_before_computing(tmp_path):
 
 
 def test_environment_and_git_state_have_the_keys_of_the_schema(tmp_path):
-    assert set(results.environment()) == set(results.FIELDS["environment"])
-    assert results.git_state(tmp_path) == {"commit": None, "dirty": None}
-    assert set(results.git_state()) == {"commit", "dirty"}
+    assert set(provenance.environment()) == set(schema.FIELDS["environment"])
+    assert provenance.git_state(tmp_path) == {"commit": None, "dirty": None}
+    assert set(provenance.git_state()) == {"commit", "dirty"}
 
 
 SOURCE = '''"""Module prose."""
@@ -304,7 +305,7 @@ def area(radius):
 def version_of(folder, source, name="core.py", **arguments):
     (folder / "opus_bench").mkdir(exist_ok=True)
     (folder / "opus_bench" / name).write_bytes(source.encode())
-    return results.code_version(folder, **arguments)
+    return provenance.sources_sha256(folder, **arguments)
 
 
 def test_code_version_is_pinned(tmp_path):
@@ -354,15 +355,33 @@ def test_code_version_covers_core_and_baselines_but_not_the_readers_of_records(t
     assert first == version_of(tmp_path, "x = 1\n", name="report.py")
     assert first != version_of(tmp_path, "x = 1\n", name="train.py")
     assert version_of(tmp_path, "task: a\n", name="a.yaml") != version_of(tmp_path, "task: b\n", name="a.yaml")
-    second = results.code_version(tmp_path)
+    second = provenance.sources_sha256(tmp_path)
     (tmp_path / "baselines").mkdir()
     (tmp_path / "baselines" / "greats.py").write_text("y = 2\n")
-    assert second != results.code_version(tmp_path)
-    assert results.code_version(tmp_path, sources=["opus_bench/core.py"]) == first
+    assert second != provenance.sources_sha256(tmp_path)
+    assert provenance.sources_sha256(tmp_path, sources=["opus_bench/core.py"]) == first
+
+
+def test_no_module_that_makes_numbers_imports_one_outside_the_code_version():
+    unhashed = "|".join(sorted(provenance.UNHASHED))
+    unwanted = rf"^\s*from (opus_bench)?\.({unhashed}) import|^\s*from (opus_bench|\.) import .*\b({unhashed})\b"
+    paths = [path for folder in ("opus_bench", "baselines") for path in (provenance.ROOT / folder).glob("*.py")]
+    hashed = [path for path in paths if path.stem not in provenance.UNHASHED]
+    assert len(hashed) > 10
+    for path in hashed:
+        assert not re.search(unwanted, path.read_text(), re.MULTILINE), path
+    assert re.search(unwanted, (provenance.ROOT / "opus_bench" / "report.py").read_text(), re.MULTILINE)
+
+
+def test_code_version_is_that_of_this_checkout_hashed_once():
+    assert provenance.code_version() == provenance.sources_sha256(provenance.ROOT)
+    before = provenance.code_version.cache_info().hits
+    provenance.code_version()
+    assert provenance.code_version.cache_info().hits == before + 1
 
 
 def test_code_version_names_the_source_it_cannot_hash(tmp_path):
     with pytest.raises(RecordError, match="gone.py: cannot hash"):
-        results.code_version(tmp_path, sources=["gone.py"])
+        provenance.sources_sha256(tmp_path, sources=["gone.py"])
     with pytest.raises(RecordError, match="core.py: cannot hash"):
         version_of(tmp_path, "def (:\n")

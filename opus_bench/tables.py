@@ -1,0 +1,294 @@
+"""The tables of a section as markdown: pure functions of its records and of the paper's cells.
+
+A mean over seeds stands alone; a difference to Random is paired by seed and carries its interval,
+or the seeds themselves where there are too few for one (`statistics`).
+"""
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from opus_bench.schema import NOT_RUN
+from opus_bench.sections import (
+    FOREIGN,
+    Row,
+    Section,
+    corrupted_domains,
+    domain_share,
+    evaluated,
+    final_loss,
+    loss_curve,
+    pairs,
+    step_mean,
+    time_ratio,
+)
+from opus_bench.statistics import Interval, binomial_stderr, paired_interval, paired_ratio_interval, tokens_to_reach
+
+PAPER_MODEL, PAPER_CORPUS = "GPT-2 XL", "FineWeb"
+PAPER_TASKS = ("MMLU", "ANLI", "HellaSwag", "PIQA", "SIQA", "WinoGrande", "ARC-E", "ARC-C", "CommonsenseQA", "WSC")
+TASK_NAMES = {"socialiqa": "SIQA", "arceasy": "ARC-E", "arcchallenge": "ARC-C", "csqa": "CommonsenseQA"}
+MEAN_ACCURACY = "mean_accuracy"
+BITS_PER_BYTE = "bits_per_byte_"
+REASON_LENGTH = 48
+MARK, NONE = "*", "–"
+
+
+# Cells ----------------------------------------------------------------------------------------
+
+
+def _mean(values: Sequence[float], digits: int, factor: float = 1.0, unit: str = "") -> str:
+    return f"{factor * math.fsum(values) / len(values):.{digits}f}{unit}" if values else NONE
+
+
+def _limits(interval: Interval, points: Sequence[float], none: float, style: str) -> str:
+    if interval.low is None:
+        return f"{interval.mean:{style}} {{{', '.join(f'{point:{style}}' for point in points)}}}"
+    mark = MARK if interval.excludes(none) else ""
+    return f"{interval.mean:{style}} [{interval.low:{style}}, {interval.high:{style}}]{mark}"
+
+
+def _difference(row: Row, base: Row | None, value: Callable, digits: int, factor: float = 1.0) -> str:
+    if base is None or row is base:
+        return NONE
+    ours, theirs = ([factor * item for item in side] for side in pairs(row, base, value))
+    if not ours:
+        return NONE
+    points = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return _limits(paired_interval(ours, theirs), points, 0.0, f"+.{digits}f")
+
+
+def _short_difference(row: Row, base: Row | None, value: Callable, digits: int) -> str:
+    if base is None or row is base:
+        return ""
+    ours, theirs = pairs(row, base, value)
+    if not ours:
+        return ""
+    interval = paired_interval(ours, theirs)
+    half = "" if interval.low is None else f" ± {interval.high - interval.mean:.{digits}f}"
+    return f" ({interval.mean:+.{digits}f}{half}{MARK if interval.excludes(0.0) else ''})"
+
+
+def _token_share(row: Row, base: Row | None) -> str:
+    """Update tokens to random's final loss over random's tokens; seeds that never get there stay visible."""
+    if base is None:
+        return NONE
+    if row is base:
+        return "1 by definition"
+    reached, available, censored = [], [], []
+    for seed in sorted(row.records.keys() & base.records.keys()):
+        (tokens, losses), (base_tokens, base_losses) = loss_curve(row.records[seed]), loss_curve(base.records[seed])
+        if tokens and base_tokens:
+            needed = tokens_to_reach(tokens, losses, base_losses[-1])
+            if math.isfinite(needed):
+                reached.append(needed)
+                available.append(base_tokens[-1])
+            else:
+                censored.append(tokens[-1])
+    if not reached and not censored:
+        return NONE
+    shares = [ours / theirs for ours, theirs in zip(reached, available, strict=True)]
+    if censored:
+        short = f"not reached in {max(censored):,} tokens"
+        if not reached:
+            return short
+        shown = ", ".join(f"{share:.3f}" for share in shares)
+        return f"{{{shown}}}; {short} by {len(censored)} of {len(censored) + len(reached)} seeds"
+    if min(shares) <= 0:
+        return f"{{{', '.join(f'{share:.3f}' for share in shares)}}}"
+    return _limits(paired_ratio_interval(reached, available), shares, 1.0, ".3f")
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+# The tables -----------------------------------------------------------------------------------
+
+
+def paper_cells(path: str | Path) -> dict[tuple[str, ...], float]:
+    """The paper's cells: (table, model, optimizer, corpus, method, benchmark) -> value, optimizer in lower case."""
+    with open(path, encoding="utf-8", newline="") as file:
+        keys = ("table", "model", "optimizer", "corpus", "method", "benchmark")
+        lines = [line | {"optimizer": line["optimizer"].lower()} for line in csv.DictReader(file)]
+    return {tuple(line[key] for key in keys): float(line["value"]) for line in lines}
+
+
+def _paper_value(reported: dict, optimizer: str, method: str | None, benchmark: str) -> str:
+    value = reported.get(("3", PAPER_MODEL, optimizer.lower(), PAPER_CORPUS, method, benchmark))
+    return NONE if value is None else f"{value:.2f}"
+
+
+def summary(section: Section, reported: dict) -> str:
+    """One row a method: loss, tokens, accuracy, cost and what was chosen."""
+    target = section.records[0]["data"]["target_domain"]
+    header = [
+        "method",
+        "n seeds",
+        f"validation loss on {target} (nat/token)",
+        "difference to Random (nat/token)",
+        "update tokens to Random's final loss (share of Random's)",
+        "offline suite (%)",
+        "difference to Random (points)",
+        "select / train time",
+        "effective sample size (share of buffer)",
+        f"{target}: chosen / offered (%)",
+        "corrupted: chosen / offered (%)",
+        f"the paper's own: mean of its ten tasks, {PAPER_MODEL}, {PAPER_CORPUS} (%)",
+    ]
+    lines = []
+    for row in section.rows:
+        uniform = row.values(step_mean("effective_sample_size"))
+
+        def shares(domains: Callable, row: Row = row) -> str:
+            chosen = _mean(row.values(domain_share("chosen", domains)), 1, 100)
+            return f"{chosen} / {_mean(row.values(domain_share('offered', domains)), 1, 100)}"
+
+        lines.append(
+            [
+                row.label + FOREIGN * row.foreign,
+                str(len(row.records)),
+                _mean(row.values(final_loss), 4),
+                _difference(row, section.base, final_loss, 4),
+                _token_share(row, section.base),
+                _mean(row.values(evaluated(MEAN_ACCURACY)), 2, 100),
+                _difference(row, section.base, evaluated(MEAN_ACCURACY), 2, 100),
+                _mean(row.values(time_ratio), 1, 100, " %"),
+                _mean(uniform, 4) if uniform else "none: deterministic",
+                shares(lambda record: [record["data"]["target_domain"]]),
+                shares(corrupted_domains),
+                _paper_value(reported, section.optimizer, row.paper_row, "Avg"),
+            ]
+        )
+    return _markdown(header, lines)
+
+
+def _task_rows(section: Section, wanted: Callable[[str], bool]) -> dict[str, list[dict]]:
+    """The evaluation rows of each wanted task that has a value somewhere, tasks in order of appearance."""
+    found = defaultdict(list)
+    for record in section.records:
+        for row in record["evals"]:
+            if wanted(row["task"]) and row.get("value") is not None:
+                found[row["task"]].append(row)
+    return found
+
+
+def _paper_task(task: str) -> str | None:
+    plain = re.sub(r"[^a-z0-9]", "", task.lower().removeprefix("paper_"))
+    names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in PAPER_TASKS} | TASK_NAMES
+    return names.get(plain)
+
+
+def _is_offline(task: str) -> bool:
+    return task != MEAN_ACCURACY and not task.startswith(BITS_PER_BYTE) and not _paper_task(task)
+
+
+def offline(section: Section) -> str:
+    """Accuracy on each task of the offline suite, below chance and the best rule without a model."""
+    tasks = _task_rows(section, _is_offline)
+    header = ["method", *(f"{task} (n = {rows[0]['n_samples']})" for task, rows in tasks.items())]
+
+    def percent(value: float | None) -> str:
+        return NONE if value is None else f"{100 * value:.1f}"
+
+    lines = [
+        ["chance", *(percent(rows[0].get("chance")) for rows in tasks.values())],
+        ["best surface baseline"]
+        + [f"{percent(rows[0].get('surface'))} {rows[0].get('surface_name') or ''}".strip() for rows in tasks.values()],
+    ]
+    for row in section.rows:
+        line = [row.label + FOREIGN * row.foreign]
+        for task in tasks:
+            value = evaluated(task)
+            errors = [_stderr(item) for record in row.records.values() for item in record["evals"]
+                      if item["task"] == task and item.get("value") is not None]
+            difference = _difference(row, section.base, value, 4)
+            spread = f" ({_mean(errors, 1, 100)})" if errors else ""
+            line.append(_mean(row.values(value), 1, 100) + spread + MARK * difference.endswith(MARK))
+        lines.append(line)
+    return _markdown(header, lines)
+
+
+def _stderr(row: dict) -> float:
+    return row["stderr"] if row["stderr"] is not None else binomial_stderr(row["value"], row["n_samples"])
+
+
+def bits(section: Section) -> str:
+    """Bits per byte of each domain, with the difference to Random."""
+    tasks = sorted(_task_rows(section, lambda task: task.startswith(BITS_PER_BYTE)))
+    header = ["domain", *(row.label + FOREIGN * row.foreign for row in section.rows)]
+    lines = [
+        [task.removeprefix(BITS_PER_BYTE)]
+        + [
+            _mean(row.values(evaluated(task)), 3) + _short_difference(row, section.base, evaluated(task), 3)
+            for row in section.rows
+        ]
+        for task in tasks
+    ]
+    return _markdown(header, lines)
+
+
+def paper_tasks(section: Section, reported: dict) -> str:
+    """The paper's ten tasks, ours beside the paper's; what was not run says why."""
+    columns = [(row.label, row.paper_row, row) for row in section.rows if row.paper_row]
+    there = {paper_row for _, paper_row, _ in columns}
+    key = ("3", PAPER_MODEL, section.optimizer.lower(), PAPER_CORPUS)
+    others = list(dict.fromkeys(cell[4] for cell in reported if cell[:4] == key and cell[4] not in there))
+    columns += [(method, method, None) for method in others]
+    lines = [
+        [label + FOREIGN * bool(row and row.foreign)]
+        + [f"{_ours(row, task)} | {_paper_value(reported, section.optimizer, method, task)}" for task in PAPER_TASKS]
+        for label, method, row in columns
+    ]
+    return _markdown(["method", *PAPER_TASKS], lines)
+
+
+def _ours(row: Row | None, task: str) -> str:
+    if row is None:
+        return f"{NOT_RUN}no run of this method"
+    items = [item for record in row.records.values() for item in record["evals"] if _paper_task(item["task"]) == task]
+    values = [item["value"] for item in items if item.get("value") is not None]
+    if values:
+        return _mean(values, 2, 100)
+    status = next((item["status"] for item in items), f"{NOT_RUN}not in the records")
+    return status if len(status) <= REASON_LENGTH else status[: REASON_LENGTH - 1] + "…"
+
+
+def runs(section: Section) -> str:
+    """Every run with its time, memory and code, and their sums."""
+    header = ["run", "method", "seed", "wall s", "train s", "select s", "eval s", "peak MiB", "code", "commit"]
+    lines = []
+    for row in section.rows:
+        for seed, record in sorted(row.records.items()):
+            timing, code = record["timing"], record["code"]
+            peak = timing["peak_bytes"]
+            lines.append(
+                [
+                    f"[{record['run_id']}](../runs/{record['run_id']}.json)",
+                    row.label + FOREIGN * row.foreign,
+                    str(seed),
+                    *(f"{timing[name]:.1f}" for name in ("wall_s", "train_s", "select_s", "eval_s")),
+                    NONE if peak is None else f"{peak / 2**20:.0f}",
+                    code["version"][:12],
+                    f"{(code['commit'] or NONE)[:12]}{' + changes' if code['dirty'] else ''}",
+                ]
+            )
+    wall = math.fsum(record["timing"]["wall_s"] for record in section.records)
+    peaks = [record["timing"]["peak_bytes"] for record in section.records]
+    peaks = [peak for peak in peaks if peak is not None]
+    most = f"{max(peaks) / 2**20:.0f} MiB" if peaks else "not measured"
+    return f"{_markdown(header, lines)}\n\nTotal wall time {wall:.0f} s, highest peak memory {most}."
+
+
+def deviations(section: Section) -> str:
+    """What the runs did otherwise than the paper, as a list."""
+    total, counts = len(section.records), defaultdict(int)
+    for record in section.records:
+        for deviation in dict.fromkeys(record["deviations"]):
+            counts[deviation] += 1
+    lines = [f"- {text}" + ("" if n == total else f" ({n} of {total} runs)") for text, n in sorted(counts.items())]
+    return "\n".join(lines) or "- none stated"
