@@ -24,11 +24,13 @@ class Scale:
 
 
 SMOKE_DEVIATIONS = (
-    "model of 1.3 M parameters (4 layers, width 128, vocabulary 4,096) instead of GPT-2 XL",
+    "model of 0.64 M parameters (4 layers, width 96, vocabulary 2,048) instead of GPT-2 XL",
+    "constant learning rate of .02, so that every point of a loss curve can be compared with every other",
     "corpus of encyclopedia, dictionary, recipes, documentation, code, catalogues, foreign and "
     "corrupted text from pinned packages instead of FineWeb, sequences of one domain each",
     "proxy drawn from held-out encyclopedia text instead of BENCH-PROXY retrieval",
-    "sequences of 256 tokens, buffer 16, score window 64 instead of 6,144, 32 and 512",
+    "sequences of 160 tokens, buffer 16, score window 40 instead of 6,144, 32 and 512",
+    "initial embedding of standard deviation .5",
     "an offline suite instead of the paper's ten tasks",
     "FP32 embedding instead of BF16",
 )
@@ -49,8 +51,9 @@ SCALES = {
     "smoke": Scale(
         name="smoke",
         corpus=CorpusSpec(vocab_size=2048),
-        run=dict(model="tiny", embedding_std=0.5, adam_lr=0.02, steps=400, length=160, buffer=16,
-                 proxy_size=8, evaluations=20, validation_sequences=64, checkpoint_every=25),
+        run=dict(model="tiny", embedding_std=0.5, adam_lr=0.02, muon_lr=0.02, cooldown=0.0, steps=320,
+                 length=160, buffer=16, proxy_size=8, evaluations=16, validation_sequences=64,
+                 checkpoint_every=20),
         window=40,
         sketch_width=8192,
         suite_size=200,
