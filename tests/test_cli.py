@@ -59,7 +59,7 @@ def test_help_of_a_command(command, words, capsys):
 def test_bare_command_prints_help_and_imports_nothing_heavy():
     code = ("import sys; from opus_bench import cli; assert cli.main([]) == 0; "
             "assert not {'torch', 'reproduce', 'baselines'} & set(sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cli.ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=cli.ROOT)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("validate", "report", "doctor", "usage: opus-bench"))
 

@@ -66,3 +66,16 @@ def test_arrows_between_rooms_go_one_way(folder):
     for path in (ROOT / folder).glob("*.py"):
         for name in forbidden:
             assert not re.search(rf"^\s*(from|import) {name}\b", path.read_text(), re.M), path
+
+
+def test_the_examples_of_the_readme_run():
+    blocks = re.findall(r"```python\n(.*?)```", readme(), re.S)
+    assert len(blocks) == 2
+    loop: dict = {}
+    exec(blocks[0], loop)
+    assert len(loop["chosen"]) == 8
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 18
+    added: dict = {}
+    exec(blocks[1], added)
+    selection = added["LowestLoss"]().select(loop["candidates"], 4, loop["state"], loop["generator"])
+    assert len(set(selection.indices.tolist())) == 4
