@@ -15,6 +15,7 @@ from .ghost import row_chunks
 from .gradients import PerSampleGradient
 from .preconditioner import Preconditioner
 
+_MASK = (1 << 64) - 1
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -24,13 +25,21 @@ def _logical_shift(x: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def scramble(seed: int) -> int:
+    """SplitMix64's finalizer of a seed as a signed integer, so that nearby seeds are unrelated."""
+    z = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z
+
+
 def mix(index: Int[Tensor, " d"], seed: int) -> Int[Tensor, " d"]:
-    """SplitMix64 of (seed, index): 64 well-mixed bits per coordinate.
+    """SplitMix64 started at scramble(seed): 64 well-mixed bits per coordinate.
 
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
     """
-    offset = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & ((1 << 64) - 1)
-    z = (index + 1) * _GOLDEN + (offset - (1 << 64) if offset >> 63 else offset)
+    z = (index + 1) * _GOLDEN + scramble(seed)
     z = (z ^ _logical_shift(z, 30)) * _MIX_1
     z = (z ^ _logical_shift(z, 27)) * _MIX_2
     return z ^ _logical_shift(z, 31)

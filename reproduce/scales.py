@@ -29,7 +29,7 @@ SMOKE_DEVIATIONS = (
     "corpus of encyclopedia, dictionary, recipes, documentation, code, catalogues, foreign and "
     "corrupted text from pinned packages instead of FineWeb, sequences of one domain each",
     "proxy drawn from held-out encyclopedia text instead of BENCH-PROXY retrieval",
-    "sequences of 160 tokens, buffer 16, score window 40 instead of 6,144, 32 and 512",
+    "sequences of 192 tokens, buffer 16, score window 40 instead of 6,144, 32 and 512",
     "initial embedding of standard deviation .5",
     "an offline suite instead of the paper's ten tasks",
     "FP32 embedding instead of BF16",
@@ -51,8 +51,8 @@ SCALES = {
     "smoke": Scale(
         name="smoke",
         corpus=CorpusSpec(vocab_size=2048),
-        run=dict(model="tiny", embedding_std=0.5, adam_lr=0.02, muon_lr=0.02, cooldown=0.0, steps=320,
-                 length=160, buffer=16, proxy_size=8, evaluations=16, validation_sequences=64,
+        run=dict(model="tiny", embedding_std=0.5, adam_lr=0.02, muon_lr=0.02, cooldown=0.0, steps=280,
+                 length=192, buffer=16, proxy_size=8, evaluations=14, validation_sequences=64,
                  checkpoint_every=20),
         window=40,
         sketch_width=8192,

@@ -48,19 +48,28 @@ def test_buckets_and_signs_are_uniform_and_independent(width, d=400_000):
     assert abs((sign * other).double().mean()) < FIVE_SIGMA / math.sqrt(d)
 
 
-def test_mix_is_splitmix64():
-    """Golden values by the reference recurrence in plain Python integers."""
+def test_mix_is_splitmix64_with_a_scrambled_start():
+    """The reference recurrence in plain Python integers."""
     mask = (1 << 64) - 1
 
-    def reference(index, seed):
-        z = ((index + 1) * 0x9E3779B97F4A7C15 + seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & mask
+    def finalize(z):
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         return z ^ (z >> 31)
 
+    def reference(index, seed):
+        start = finalize((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & mask)
+        return finalize(((index + 1) * 0x9E3779B97F4A7C15 + start) & mask)
+
     for seed in (0, 42, 2**31):
         got = mix(torch.tensor([0, 1, 12345, 2**40]), seed).tolist()
         assert [x & mask for x in got] == [reference(i, seed) for i in (0, 1, 12345, 2**40)]
+
+
+def test_neighbouring_seeds_are_no_shifts_of_each_other():
+    index = torch.arange(1000)
+    near = torch.cat([mix(index, 7 + k) for k in range(5)])
+    assert len(near.unique()) == len(near)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "muon"])
