@@ -84,7 +84,7 @@ def report(options: argparse.Namespace) -> int:
 
 def validate(options: argparse.Namespace) -> int:
     from .corpus import CorpusSpec, build_corpus
-    from .results import code_version, environment
+    from .provenance import code_version, environment
     from .validate import Settings
     from .validate import validate as compare
 

@@ -21,10 +21,13 @@ from opus_bench.sections import Row, Section, arrange, domain_share, loss_curve
 from opus_bench.tables import MARK, NONE, PAPER_CORPUS, PAPER_MODEL
 
 PIPELINE_SCALES = ("smoke", "ci")
+MARKERS = ("<!-- results -->", "<!-- end of results -->")
 
 
 def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = "table3") -> list[Path]:
-    """Write the experiment's table and figures; returns their paths, table first.
+    """Write the experiment's table and figures, and the results of a README beside the folder.
+
+    Returns the paths written, table first.
 
     Raises:
         RecordError: no record of the experiment, or a damaged one.
@@ -39,7 +42,41 @@ def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = 
     drawn = _figures(sections, experiment, results_dir / "figures")
     text = page(sections, experiment, tables.paper_cells(reported_csv), drawn)
     table.write_text(text, encoding="utf-8", newline="\n")
+    readme = results_dir.absolute().parent / "README.md"
+    if readme.exists() and MARKERS[0] in readme.read_text(encoding="utf-8"):
+        update_readme(readme, readme_block(results_dir, reported_csv, experiment))
+        drawn.append(readme)
     return [table, *drawn]
+
+
+def readme_block(results_dir: str | Path, reported_csv: str | Path, experiment: str = "table3") -> str:
+    """The README's result tables, one for each optimizer that the experiment's records have."""
+    reported = tables.paper_cells(reported_csv)
+    parts = []
+    for section in arrange(load(Path(results_dir) / "runs", experiment)):
+        seeds = max(len(row.records) for row in section.rows)
+        name = figures.OPTIMIZERS.get(section.optimizer, section.optimizer)
+        parts += [
+            (
+                f"**{name}, {section.scale} scale, n = {seeds} seeds.** Made by `python -m reproduce.{experiment} --scale "
+                f"{section.scale} --optimizers {section.optimizer}`; checks the pipeline, not the paper's claim."
+            ),
+            tables.brief(section, reported),
+        ]
+    return "\n\n".join(parts)
+
+
+def update_readme(path: str | Path, block: str) -> None:
+    """Put the block between the README's result markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, start, rest = Path(path).read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not end:
+        raise ValueError(f"{path} lacks the lines {MARKERS[0]} and {MARKERS[1]}, between which the results go")
+    Path(path).write_text(f"{before}{start}\n{block}\n{end}{after}", encoding="utf-8", newline="\n")
 
 
 def page(sections: list[Section], experiment: str, reported: dict, drawn: Sequence[Path] = ()) -> str:

@@ -13,7 +13,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from opus_bench.provenance import code_version, environment  # noqa: F401 re-exported for cli.py
 from opus_bench.schema import FIELDS, WRITTEN, RecordError, canonical, check_fields, text_sha256, validate
 
 

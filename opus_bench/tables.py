@@ -167,6 +167,35 @@ def summary(section: Section, reported: dict) -> str:
     return _markdown(header, lines)
 
 
+def brief(section: Section, reported: dict) -> str:
+    """The columns of `summary` that fit a README."""
+    target = section.records[0]["data"]["target_domain"]
+    header = [
+        "method",
+        f"loss on {target} (nat/token)",
+        "difference to Random",
+        "update tokens to Random's final loss, share",
+        "offline suite (%)",
+        "select / train time",
+        "effective sample size, share",
+        f"the paper's mean (%), {PAPER_MODEL}",
+    ]
+    lines = [
+        [
+            row.label,
+            _mean(row.values(final_loss), 3),
+            _difference(row, section.base, final_loss, 3),
+            _token_share(row, section.base),
+            _mean(row.values(evaluated(MEAN_ACCURACY)), 1, 100),
+            _mean(row.values(time_ratio), 0, 100, " %"),
+            _mean(row.values(step_mean("effective_sample_size")), 4),
+            _paper_value(reported, section.optimizer, row.paper_row, "Avg"),
+        ]
+        for row in section.rows
+    ]
+    return _markdown(header, lines)
+
+
 def _task_rows(section: Section, wanted: Callable[[str], bool]) -> dict[str, list[dict]]:
     """The evaluation rows of each wanted task that has a value somewhere, tasks in order of appearance."""
     found = defaultdict(list)

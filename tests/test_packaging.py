@@ -79,3 +79,22 @@ def test_the_examples_of_the_readme_run():
     exec(blocks[1], added)
     selection = added["LowestLoss"]().select(loop["candidates"], 4, loop["state"], loop["generator"])
     assert len(set(selection.indices.tolist())) == 4
+
+
+def test_the_results_in_the_readme_are_those_of_the_records():
+    from opus_bench.report import MARKERS, readme_block
+
+    block = readme_block(ROOT / "results", ROOT / "reproduce" / "reported.csv")
+    assert readme().split(MARKERS[0])[1].split(MARKERS[1])[0] == f"\n{block}\n" and "OPUS (calibrated)" in block
+
+
+def test_committed_tables_and_figures_are_those_of_the_committed_records(tmp_path):
+    import shutil
+
+    from opus_bench.report import report
+
+    shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs")
+    written = report(tmp_path, ROOT / "reproduce" / "reported.csv")
+    assert len(written) == 4
+    for path in written:
+        assert path.read_bytes() == (ROOT / "results" / path.relative_to(tmp_path)).read_bytes(), path

@@ -1,0 +1,121 @@
+"""Does the test suite notice?  Each mutant is one wrong edit of the code that some test must fail on.
+
+    python tests/mutants.py            # all, about 10 minutes on one core
+    python tests/mutants.py sketch     # those whose file or description holds the word
+
+Every mutant is applied to a copy of the repository, so the checkout is never touched.  Exit code 1
+if a mutant survives or its text is no longer found.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# (file, text, replacement, what is wrong, tests that should notice)
+MUTANTS = [
+    ("opus_bench/gradients.py", "tokens[:, label_shift:], (0, label_shift)", "tokens[:, label_shift - 1 : -1], (0, label_shift)",
+     "off-by-one label shift", "gradients"),
+    ("opus_bench/gradients.py", "add(module.weight, a, b)\n        else", "add(module.weight, b, a)\n        else",
+     "Conv1D or embedding factors swapped", "gradients"),
+    ("opus_bench/gradients.py", "losses.sum(), outputs", "losses.mean(), outputs", "1/n hidden in b", "gradients"),
+    ("opus_bench/gradients.py", "            module.training = flag", "            pass", "training flags not restored", "selector"),
+    ("opus_bench/gradients.py", "handle.remove()", "pass", "hooks left on the model", "selector"),
+    ("opus_bench/gradients.py", "if len(output) == 1 < len(tokens):", "if False:", "broadcast position embedding", "gradients"),
+    ("opus_bench/ghost.py", "part = (matrix[use.left] * use.right)", "part = (-matrix[use.left] * use.right)",
+     "dropped sign in the contraction", "gradients"),
+    ("opus_bench/ghost.py", "use.left[:, :, start:stop]", "use.left[:, :, : stop - start]", "wrong rows in a chunk", "gradients"),
+    ("opus_bench/ghost.py", "total = part if total is None else total + part\n    assert total is not None\n    return total\n\n\ndef rows",
+     "total = part\n    return total\n\n\ndef rows", "second use of a tied weight lost", "gradients"),
+    ("opus_bench/preconditioner.py", "(1 - beta1) / (1 - beta1 ** (done + 1))", "(1 - beta1)", "missing bias correction of m", "preconditioner"),
+    ("opus_bench/preconditioner.py", "/ (1 - beta2**done)", "", "missing bias correction of v", "preconditioner"),
+    ("opus_bench/preconditioner.py", "beta1 ** (done + 1)", "beta1 ** done", "bias correction a step late", "preconditioner"),
+    ("opus_bench/preconditioner.py", 'group["momentum"] ** 2', 'group["momentum"]', "wrong scale of Muon", "preconditioner"),
+    ("opus_bench/preconditioner.py", "+ c * outer @ outer", "- c * outer @ outer", "wrong sign in the polynomial", "preconditioner"),
+    ("opus_bench/preconditioner.py", "self.diagonal[start : start + rows.shape[1]]", "self.diagonal[: rows.shape[1]]",
+     "diagonal of the wrong rows", "preconditioner"),
+    ("opus_bench/sketch.py", "return bucket, 1 - 2 * (bits & 1)", "return bucket, 1 + 0 * bits", "signs dropped", "sketch"),
+    ("opus_bench/sketch.py", "hash_coordinates(start, start + x.shape[1]", "hash_coordinates(0, x.shape[1]", "offset of a chunk lost", "sketch"),
+    ("opus_bench/sketch.py", "z = (index + 1) * _GOLDEN + scramble(seed)", "z = index * _GOLDEN + scramble(seed)",
+     "another hash", "sketch"),
+    ("opus_bench/utility.py", "self.alignment - self.redundancy_weight", "self.alignment + self.redundancy_weight",
+     "sign of the redundancy", "utility"),
+    ("opus_bench/utility.py", "layer_seed = seed + crc32(name.encode())", "layer_seed = seed", "one hash for all weights", "utility"),
+    ("opus_bench/utility.py", "if (utility == 0).all():", "if False:", "zero scores pass", "utility"),
+    ("opus_bench/utility.py", "if (utility == utility[0]).all():", "if False:", "equal scores pass", "utility"),
+    ("opus_bench/utility.py", "    if bad:", "    if False:", "NaN scores pass", "utility"),
+    ("opus_bench/sampling.py", "utility.double() / temperature", "utility.double() * temperature", "temperature upside down", "sampling"),
+    ("opus_bench/sampling.py", "torch.rand((), dtype=torch.float64, generator=generator)", "torch.rand((), dtype=torch.float64)",
+     "global RNG", "sampling"),
+    ("opus_bench/sampling.py", "p.cumsum(0) <= uniform", "p.cumsum(0) <= 1 - uniform * 0.5", "wrong inverse distribution", "sampling"),
+    ("opus_bench/sampling.py", "marginal(draws.indices).double()[left]", "marginal([]).double()[left]", "redundancy not brought up to date", "sampling"),
+    ("opus_bench/sampling.py", "target = effective_share * len(u)", "target = effective_share * len(u) + 1", "off-by-one effective sample size", "sampling"),
+    ("opus_bench/selector.py", 'power = 2 if self.redundancy == "paper" else 1', "power = 1", "eta instead of eta squared", "selector"),
+    ("opus_bench/selector.py", "scale[k] ** 2 for k", "scale[k] for k", "layer scale once in the redundancy", "selector"),
+    ("opus_bench/selector.py", "proxy_tokens = state.proxy[:, : self.window]", "proxy_tokens = state.proxy", "window not applied to the proxy", "selector"),
+    ("opus_bench/selector.py", "capture(state.model, tokens[:, : self.window], names, self.label_shift)",
+     "capture(state.model, tokens[:, : self.window], names)", "label shift not given to candidates", "selector"),
+    ("opus_bench/selector.py", "p, proxy_tokens) / size", "p, proxy_tokens)", "curvature not divided by the size", "selector"),
+    ("opus_bench/selector.py", "state.step % self.proxy_every == 0", "False", "proxy never refreshed", "selector"),
+    ("opus_bench/train.py", "candidates.take(selection.indices.sort().values)", "candidates.take(selection.indices)",
+     "order of picking changes the sum", "train"),
+    ("opus_bench/train.py", "nn.utils.clip_grad_norm_(model.parameters(), clip)", "pass", "no clipping", "train"),
+    ("opus_bench/train.py", "        set_schedule(optimizers, progress.step, config)\n", "", "no schedule", "train"),
+    ("opus_bench/train.py", "stream.candidates(progress.step)", "stream.candidates(progress.step + 1)", "stream off by one", "train"),
+    ("opus_bench/train.py", "    if not torch.isfinite(loss):", "    if False:", "NaN loss trains on", "train"),
+    ("opus_bench/checkpoint.py", '        generator.set_state(state["generator"])\n', "", "sampling RNG not resumed", "train"),
+    ("opus_bench/checkpoint.py", '            optimizer.load_state_dict(saved)', "            pass", "optimizer state not resumed", "train"),
+    ("opus_bench/checkpoint.py", '        selector.load_state_dict(state["selector"])\n', "", "selector state not resumed", "train"),
+    ("opus_bench/model.py", "first * cos + second * sin, second * cos - first * sin", "first * cos - second * sin, second * cos - first * sin",
+     "rotation that is none", "model"),
+    ("opus_bench/model.py", "scale=self.scale", "scale=None", "attention scale", "model"),
+    ("opus_bench/model.py", "7.5 * math.sqrt(self.config.hidden_size)", "7.5", "soft cap without the width", "model"),
+    ("opus_bench/model.py", "    layer.starts_at_zero = True\n", "", "output projections not zero at first", "model"),
+    ("baselines/perplexity.py", '"high": losses, "low": -losses', '"high": -losses, "low": losses', "high and low swapped", "baselines"),
+    ("baselines/quality.py", "1 - self.kept_share", "self.kept_share", "keeps the wrong share", "baselines"),
+    ("baselines/quality.py", "np.ones(len(target)), np.zeros(len(drawn))", "np.zeros(len(target)), np.ones(len(drawn))",
+     "classes swapped", "baselines"),
+    ("baselines/random.py", "torch.randperm(n, generator=generator)", "torch.arange(n)", "not random", "baselines"),
+]
+
+
+def survives(copy: Path, mutant: tuple[str, str, str, str, str]) -> str | None:
+    """Why the mutant is a problem, or None if a test failed as it should."""
+    name, text, replacement, _, tests = mutant
+    path = copy / name
+    original = path.read_text()
+    if original.count(text) < 1:
+        return "its text is no longer in the file"
+    path.write_text(original.replace(text, replacement, 1))
+    try:
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-m", "not network", "-p", "no:cacheprovider",
+                               f"tests/test_{tests}.py"], cwd=copy, capture_output=True, text=True)
+    finally:
+        path.write_text(original)
+    if done.returncode == 0:
+        return "SURVIVED"
+    return None if done.returncode == 1 else f"pytest stopped with {done.returncode}: {done.stdout[-300:]}"
+
+
+def main() -> int:
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [m for m in MUTANTS if word in m[0] or word in m[3]]
+    problems = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "results", "__pycache__"))
+        for mutant in chosen:
+            started = time.monotonic()
+            problem = survives(copy, mutant)
+            problems += problem is not None
+            print(f"{problem or 'killed':9} {time.monotonic() - started:5.1f} s  {mutant[0]}: {mutant[3]}", flush=True)
+    print(f"{len(chosen) - problems} of {len(chosen)} mutants killed")
+    return int(problems > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
