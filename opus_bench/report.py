@@ -7,6 +7,7 @@ the records that are shown, `tables` prints them.
 """
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from opus_bench.tables import MARK, NONE, PAPER_CORPUS, PAPER_MODEL
 
 PIPELINE_SCALES = ("smoke", "ci")
 MARKERS = ("<!-- results -->", "<!-- end of results -->")
+EXACTNESS_MARKERS = ("<!-- exactness -->", "<!-- end of exactness -->")
+WIDTH = 8192  # buckets of the paper's sketch
 
 
 def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = "table3") -> list[Path]:
@@ -44,7 +47,8 @@ def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = 
     table.write_text(text, encoding="utf-8", newline="\n")
     readme = results_dir.absolute().parent / "README.md"
     if readme.exists() and MARKERS[0] in readme.read_text(encoding="utf-8"):
-        update_readme(readme, readme_block(results_dir, reported_csv, experiment))
+        update_readme(readme, MARKERS, readme_block(results_dir, reported_csv, experiment))
+        update_readme(readme, EXACTNESS_MARKERS, exactness_block(results_dir))
         drawn.append(readme)
     return [table, *drawn]
 
@@ -66,16 +70,51 @@ def readme_block(results_dir: str | Path, reported_csv: str | Path, experiment: 
     return "\n\n".join(parts)
 
 
-def update_readme(path: str | Path, block: str) -> None:
-    """Put the block between the README's result markers.
+def exactness_block(results_dir: str | Path) -> str:
+    """The README's table of measured errors, a column for each file that ``opus-bench validate`` wrote."""
+    paths = sorted((Path(results_dir) / "validation").glob("*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not found:
+        return "No file in results/validation/ yet."
+
+    def sketch(one: dict) -> dict:
+        return next(row for row in one["sketch"] if row["width"] == WIDTH)
+
+    def floor(one: dict, start: str) -> str:
+        return next(f"{row['spearman']:.3f}" for row in one["floor"] if row["change"].startswith(start))
+
+    def oracle(one: dict, dtype: str) -> str:
+        return next(f"{row['alignment']:.0e}, {row['gram']:.0e}" for row in one["oracle"] if row["dtype"] == dtype)
+
+    rows: dict[str, Callable[[dict], str]] = {
+        "factored against per-sample autograd, relative error of alignment and Gram, float64": lambda x: oracle(x, "float64"),
+        "the same, float32": lambda x: oracle(x, "float32"),
+        f"sketch of width {WIDTH:,}: Spearman of U with exact U": lambda x: f"{sketch(x)['utility_spearman']:.4f}",
+        "its variance, measured / stated (standard error)": lambda x: (
+            f"{sketch(x)['variance_ratio']:.2f} ({sketch(x)['variance_ratio_stderr']:.2f})"
+        ),
+        "another proxy batch: Spearman of exact alignments": lambda x: floor(x, "another proxy"),
+        "half the score window: Spearman of exact alignments": lambda x: floor(x, "window of 64"),
+        "effective sample size of a draw, share: paper, released, calibrated": lambda x: ", ".join(
+            f"{arm['effective_share']:.4f}" for arm in x["arms"]
+        ),
+    }
+    names = [figures.OPTIMIZERS.get(one["settings"]["optimizer"], one["settings"]["optimizer"]) for one in found]
+    links = [f"[{name}](results/validation/{path.name})" for name, path in zip(names, paths, strict=True)]
+    lines = [["", *links], ["---"] * (len(found) + 1), *([what, *map(value, found)] for what, value in rows.items())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def update_readme(path: str | Path, markers: tuple[str, str], block: str) -> None:
+    """Put the block between two marker lines of the README.
 
     Raises:
         ValueError: the markers are not there.
     """
-    before, start, rest = Path(path).read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
+    before, start, rest = Path(path).read_text(encoding="utf-8").partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not end:
-        raise ValueError(f"{path} lacks the lines {MARKERS[0]} and {MARKERS[1]}, between which the results go")
+        raise ValueError(f"{path} lacks the lines {markers[0]} and {markers[1]}, between which results go")
     Path(path).write_text(f"{before}{start}\n{block}\n{end}{after}", encoding="utf-8", newline="\n")
 
 

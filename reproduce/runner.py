@@ -26,7 +26,6 @@ from opus_bench.train import RunConfig
 from .scales import SCALES, Scale
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORTED = Path(__file__).with_name("reported.csv")
 SUITE_SEED = 0
 PRELOADED = ["baselines", "opus_bench.train", "opus_bench.evaluate", "lm_eval.models.huggingface"]
 
@@ -74,7 +73,7 @@ def arguments(description: str) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", choices=list(SCALES), default="smoke",
-                        help="size of the runs (default: smoke, about 25 minutes on 2 cores)")
+                        help="size of the runs (default: smoke, about 17 minutes on 2 cores)")
     parser.add_argument("--results", type=Path, default=None,
                         help="folder for records, tables and figures "
                              "(default: results, or results/<scale> for other scales than smoke)")
@@ -107,11 +106,17 @@ def choose(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
     return [run for run in runs if options.methods is None or run.label in options.methods]
 
 
-def main(make_runs: Callable[[argparse.Namespace], list[Run]], description: str) -> int:
-    """Entry point of a script: exit code 0, 2 after one line about bad input, 130 on ctrl-C."""
+Write = Callable[[Path], Sequence[Path]]
+
+
+def main(make_runs: Callable[[argparse.Namespace], list[Run]], description: str, write: Write) -> int:
+    """Entry point of a script: exit code 0, 2 after one line about bad input, 130 on ctrl-C.
+
+    ``write`` turns a results folder into the script's tables and figures and returns their paths.
+    """
     options = arguments(description)
     try:
-        return run_grid(choose(make_runs(options), options), options)
+        return run_grid(choose(make_runs(options), options), options, write)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -120,7 +125,7 @@ def main(make_runs: Callable[[argparse.Namespace], list[Run]], description: str)
         return 130
 
 
-def run_grid(runs: list[Run], options: argparse.Namespace) -> int:
+def run_grid(runs: list[Run], options: argparse.Namespace, write: Write) -> int:
     """Print the plan, execute what is not done, write tables and figures."""
     scale = SCALES[options.scale]
     records = options.results / "runs"
@@ -128,7 +133,7 @@ def run_grid(runs: list[Run], options: argparse.Namespace) -> int:
     done = {run.run_id for run in runs if results.done(records, run.run_id)}
     todo = [run for run in runs if run.run_id not in done]
     print(scale.note)
-    _print_plan(runs, done)
+    _print_plan(runs, done, results.load(records), options.workers)
     if options.dry_run:
         return 0
     if todo:
@@ -138,14 +143,12 @@ def run_grid(runs: list[Run], options: argparse.Namespace) -> int:
         peak = _work(todo, options)
         print(f"{len(todo)} runs in {(time.perf_counter() - started) / 60:.1f} min; "
               f"peak memory of all processes {peak / 1e9:.1f} GB")
-    from opus_bench.report import report
-
-    for path in report(options.results, REPORTED):
+    for path in write(options.results):
         print(f"wrote {os.path.relpath(path)}")
     return 0
 
 
-def _print_plan(runs: list[Run], done: set[str]) -> None:
+def _print_plan(runs: list[Run], done: set[str], records: list[dict], workers: int) -> None:
     tokens = 0
     for run in runs:
         c = run.config
@@ -153,7 +156,22 @@ def _print_plan(runs: list[Run], done: set[str]) -> None:
         tokens += 0 if state == "done" else c.update_tokens
         print(f"  {run.run_id}  {state:5}  {run.label:18} {c.optimizer:6} seed {c.seed}  "
               f"{c.steps} steps x {c.selected_size} of {c.buffer} x {c.length} tokens")
-    print(f"{len(runs)} runs, {len(done)} done, {tokens:,} update tokens to go")
+    todo = [run for run in runs if run.run_id not in done]
+    print(f"{len(runs)} runs, {len(done)} done, {tokens:,} update tokens to go{_estimate(todo, records, workers)}")
+
+
+def _estimate(todo: list[Run], records: list[dict], workers: int) -> str:
+    """What the records at hand say that the rest will take: seconds per step and per evaluation."""
+    seconds = 0.0
+    for run in todo:
+        like = [r for r in records if r["scale"] == run.scale]
+        like = [r for r in like if (r["method"], r["arm"]) == (run.method, run.arm)] or like
+        if not like:
+            return "; no record here says how long they take"
+        each = [run.config.steps * (r["timing"]["wall_s"] - r["timing"]["eval_s"]) / r["config"]["steps"]
+                + r["timing"]["eval_s"] for r in like]
+        seconds += sum(each) / len(each)
+    return f"; about {seconds / workers / 60:.0f} min going by the records here" if todo else ""
 
 
 def _work(todo: list[Run], options: argparse.Namespace) -> int:

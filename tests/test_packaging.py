@@ -82,19 +82,23 @@ def test_the_examples_of_the_readme_run():
 
 
 def test_the_results_in_the_readme_are_those_of_the_records():
-    from opus_bench.report import MARKERS, readme_block
+    from opus_bench.report import EXACTNESS_MARKERS, MARKERS, exactness_block, readme_block
 
     block = readme_block(ROOT / "results", ROOT / "reproduce" / "reported.csv")
     assert readme().split(MARKERS[0])[1].split(MARKERS[1])[0] == f"\n{block}\n" and "OPUS (calibrated)" in block
+    start, end = EXACTNESS_MARKERS
+    assert readme().split(start)[1].split(end)[0] == f"\n{exactness_block(ROOT / 'results')}\n"
 
 
 def test_committed_tables_and_figures_are_those_of_the_committed_records(tmp_path):
     import shutil
 
     from opus_bench.report import report
+    from reproduce.offline_suite import write as offline_suite
 
     shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs")
     written = report(tmp_path, ROOT / "reproduce" / "reported.csv")
     assert len(written) == 4
+    written += offline_suite(tmp_path)
     for path in written:
         assert path.read_bytes() == (ROOT / "results" / path.relative_to(tmp_path)).read_bytes(), path
