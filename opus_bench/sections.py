@@ -121,6 +121,7 @@ def _section(scale: str, optimizer: str, records: list[dict]) -> Section:
             "with most methods is shown, then most runs, then the newest."
         )
     notes.extend(_unpaired(section))
+    notes.extend(_same_choices(section))
     return section
 
 
@@ -144,6 +145,19 @@ def _unpaired(section: Section) -> list[str]:
                 named = ", ".join(str(seed) for seed in sorted(seeds))
                 notes.append(f"{row.label}: seed {named} has no {place} run and is left out of its pairs.")
     return notes
+
+
+def _same_choices(section: Section) -> list[str]:
+    """Methods that trained on the very same sequences at every step of every seed."""
+    by_choice = defaultdict(list)
+    for row in section.rows:
+        chosen = tuple((seed, row.records[seed]["data"]["selected_sha256"]) for seed in sorted(row.records))
+        if all(digest for _, digest in chosen):
+            by_choice[chosen].append(row.label)
+    return [
+        f"{' and '.join(labels)} chose the very same sequences at every step of every seed."
+        for labels in by_choice.values() if len(labels) > 1
+    ]
 
 
 # Values of a record ---------------------------------------------------------------------------
