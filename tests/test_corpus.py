@@ -5,15 +5,10 @@ Random shares are compared with their mean, allowing five standard errors.
 """
 
 import dataclasses
-import hashlib
-import io
-import json
 import math
 import re
 import shutil
-import tarfile
 import threading
-import zipfile
 from collections import Counter
 from itertools import combinations
 
@@ -29,7 +24,7 @@ from opus_bench.corpus_build import split_documents
 from opus_bench.sources import QUALITY, Document, catalogue_entries, clean, corrupt, read_documents
 from opus_bench.splits import Shingles, near_duplicates, split_of
 from opus_bench.stream import CandidateStream, ProxyStream
-from fake_corpus import SHARES, SPEC, prose, write_fakes, write_tar, write_zip
+from fake_corpus import SPEC, prose
 
 FIVE_SIGMA = 5.0
 
