@@ -1,11 +1,12 @@
 # make reproduce   the smoke grid of Table 3: real text in, table and figures out
 # make test        the tests
+# make mutants     does a test fail for each of a list of wrong edits?  About 12 minutes
 # make report      tables and figures again, from the records alone
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test report setup clean
+.PHONY: reproduce test mutants report setup clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -20,6 +21,9 @@ reproduce: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+mutants: setup
+	$(BIN)/python tests/mutants.py
 
 report: setup
 	$(BIN)/opus-bench report

@@ -49,6 +49,8 @@ def test_perplexity_ranks_by_the_models_own_loss_over_the_window(model, keep):
 def test_static_quality_keeps_a_fixed_subset_and_fills_up_with_the_best_of_the_rest():
     quality = StaticQuality(np.array([0.0, 1, 2, 3, 4, 5, 6, 7], dtype=np.float32), kept_share=0.5)
     assert quality.threshold == 3.5
+    assert StaticQuality(quality.scores, kept_share=0.25).threshold == 5.25
+    assert StaticQuality(quality.scores, kept_share=1.0).threshold == 0
     few = quality.select(batch_of([0, 1, 2, 6]), 2, None, generator()).indices.tolist()
     assert few == [3, 2]
     picked = {tuple(sorted(quality.select(batch_of([4, 5, 6, 7, 0]), 2, None, generator(s)).indices.tolist()))
