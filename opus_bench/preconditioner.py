@@ -95,9 +95,10 @@ def preconditioners(
     """P_t of every named parameter, from the optimizer that owns it.
 
     Raises:
-        ValueError: for an optimizer that is not SGD, Adam(W) or Muon, for SGD with momentum state
-            that P_t ignores it is the identity all the same (the paper's choice), and for a
+        ValueError: for an optimizer that is not SGD, Adam(W) or Muon, for amsgrad, and for a
             parameter that no optimizer owns.
+
+    SGD's P_t is the identity also with momentum (the paper's choice).
     """
     if isinstance(optimizers, torch.optim.Optimizer):
         optimizers = [optimizers]

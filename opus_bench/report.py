@@ -43,21 +43,21 @@ def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = 
     table = results_dir / "tables" / f"{experiment}.md"
     table.parent.mkdir(parents=True, exist_ok=True)
     drawn = _figures(sections, experiment, results_dir / "figures")
-    text = page(sections, experiment, tables.paper_cells(reported_csv), drawn)
+    reported = tables.paper_cells(reported_csv)
+    text = page(sections, experiment, reported, drawn)
     table.write_text(text, encoding="utf-8", newline="\n")
     readme = results_dir.absolute().parent / "README.md"
     if readme.exists() and MARKERS[0] in readme.read_text(encoding="utf-8"):
-        update_readme(readme, MARKERS, readme_block(results_dir, reported_csv, experiment))
+        update_readme(readme, MARKERS, readme_block(sections, experiment, reported))
         update_readme(readme, EXACTNESS_MARKERS, exactness_block(results_dir))
         drawn.append(readme)
     return [table, *drawn]
 
 
-def readme_block(results_dir: str | Path, reported_csv: str | Path, experiment: str = "table3") -> str:
-    """The README's result tables, one for each optimizer that the experiment's records have."""
-    reported = tables.paper_cells(reported_csv)
+def readme_block(sections: list[Section], experiment: str, reported: dict) -> str:
+    """The README's result tables, one for each section."""
     parts = []
-    for section in arrange(load(Path(results_dir) / "runs", experiment)):
+    for section in sections:
         seeds = max(len(row.records) for row in section.rows)
         name = figures.OPTIMIZERS.get(section.optimizer, section.optimizer)
         parts += [
@@ -101,8 +101,7 @@ def exactness_block(results_dir: str | Path) -> str:
     }
     names = [figures.OPTIMIZERS.get(one["settings"]["optimizer"], one["settings"]["optimizer"]) for one in found]
     links = [f"[{name}](results/validation/{path.name})" for name, path in zip(names, paths, strict=True)]
-    lines = [["", *links], ["---"] * (len(found) + 1), *([what, *map(value, found)] for what, value in rows.items())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return tables.markdown(["", *links], ([what, *map(value, found)] for what, value in rows.items()))
 
 
 def update_readme(path: str | Path, markers: tuple[str, str], block: str) -> None:

@@ -102,7 +102,8 @@ def _token_share(row: Row, base: Row | None) -> str:
     return _limits(paired_ratio_interval(reached, available), shares, 1.0, ".3f")
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table; bars inside cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
@@ -164,7 +165,7 @@ def summary(section: Section, reported: dict) -> str:
                 _paper_value(reported, section.optimizer, row.paper_row, "Avg"),
             ]
         )
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def brief(section: Section, reported: dict) -> str:
@@ -193,7 +194,7 @@ def brief(section: Section, reported: dict) -> str:
         ]
         for row in section.rows
     ]
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _task_rows(section: Section, wanted: Callable[[str], bool]) -> dict[str, list[dict]]:
@@ -239,7 +240,7 @@ def offline(section: Section) -> str:
             spread = f" ({_mean(errors, 1, 100)})" if errors else ""
             line.append(_mean(row.values(value), 1, 100) + spread + MARK * difference.endswith(MARK))
         lines.append(line)
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _stderr(row: dict) -> float:
@@ -258,7 +259,7 @@ def bits(section: Section) -> str:
         ]
         for task in tasks
     ]
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def paper_tasks(section: Section, reported: dict) -> str:
@@ -273,7 +274,7 @@ def paper_tasks(section: Section, reported: dict) -> str:
         + [f"{_ours(row, task)} | {_paper_value(reported, section.optimizer, method, task)}" for task in PAPER_TASKS]
         for label, method, row in columns
     ]
-    return _markdown(["method", *PAPER_TASKS], lines)
+    return markdown(["method", *PAPER_TASKS], lines)
 
 
 def _ours(row: Row | None, task: str) -> str:
@@ -310,7 +311,7 @@ def runs(section: Section) -> str:
     peaks = [record["timing"]["peak_bytes"] for record in section.records]
     peaks = [peak for peak in peaks if peak is not None]
     most = f"{max(peaks) / 2**20:.0f} MiB" if peaks else "not measured"
-    return f"{_markdown(header, lines)}\n\nTotal wall time {wall:.0f} s, highest peak memory {most}."
+    return f"{markdown(header, lines)}\n\nTotal wall time {wall:.0f} s, highest peak memory {most}."
 
 
 def deviations(section: Section) -> str:

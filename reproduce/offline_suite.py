@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from opus_bench.results import load
+from opus_bench.tables import markdown
 from opus_bench.train import RunConfig
 
 from .runner import Run, main
@@ -49,16 +50,14 @@ def write(results_dir: Path) -> list[Path]:
         chosen = sorted((r for r in records if r["scale"] == scale),
                         key=lambda r: (r["config"]["steps"], r["config"]["seed"]))
         tasks = [row for row in chosen[0]["evals"] if row.get("chance") is not None]
-        lines += ["", f"## Scale: {scale}", "",
-                  "| update tokens | seed | " + " | ".join(f"{t['task']} (n = {t['n_samples']})" for t in tasks) + " | run |",
-                  "|" + "---|" * (len(tasks) + 3),
-                  "| chance | | " + " | ".join(f"{100 * t['chance']:.1f}" for t in tasks) + " | |",
-                  "| best surface rule | | " + " | ".join(f"{100 * t['surface']:.1f}" for t in tasks) + " | |"]
+        header = ["update tokens", "seed", *(f"{t['task']} (n = {t['n_samples']})" for t in tasks), "run"]
+        rows = [["chance", "", *(f"{100 * t['chance']:.1f}" for t in tasks), ""],
+                ["best surface rule", "", *(f"{100 * t['surface']:.1f}" for t in tasks), ""]]
         for r in chosen:
             cells = [_cell(row) for row in r["evals"] if row.get("chance") is not None]
             tokens = max(m["tokens_seen"] for m in r["metrics"])
-            lines.append(f"| {tokens:,} | {r['config']['seed']} | {' | '.join(cells)} | "
-                         f"[{r['run_id']}](../runs/{r['run_id']}.json) |")
+            rows.append([f"{tokens:,}", str(r["config"]["seed"]), *cells, f"[{r['run_id']}](../runs/{r['run_id']}.json)"])
+        lines += ["", f"## Scale: {scale}", "", markdown(header, rows)]
     path = results_dir / "tables" / f"{EXPERIMENT}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
