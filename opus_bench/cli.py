@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .validate import Validation
+    from .validation.findings import Validation
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = ROOT / "reproduce" / "reported.csv"
-# as validate.Settings, which is not imported before it is needed
+# as findings.Settings, which is not imported before it is needed
 STEPS, WIDTHS = 60, (512, 2048, 8192, 32768)
 
 
@@ -85,8 +85,8 @@ def report(options: argparse.Namespace) -> int:
 def validate(options: argparse.Namespace) -> int:
     from .corpus import CorpusSpec, build_corpus
     from .provenance import code_version, environment
-    from .validate import Settings
-    from .validate import validate as compare
+    from .validation.validate import Settings
+    from .validation.validate import validate as compare
 
     settings = Settings(options.optimizer, options.scale, options.steps, tuple(options.widths), options.seed)
     if options.output is not None:

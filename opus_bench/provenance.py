@@ -23,18 +23,22 @@ from opus_bench.schema import RecordError
 ROOT = Path(__file__).resolve().parent.parent
 UNHASHED = frozenset(
     {"schema", "provenance", "results", "statistics", "sections", "tables", "figures", "report"}
-    | {"validate", "validation", "cli", "doctor"}
+    | {"cli", "doctor"}
 )
 """Modules that make no number of a record: they check, store and read records, or print beside them."""
 
 
-@functools.lru_cache(maxsize=1)
-def code_version() -> str:
+VALIDATION = "validation"
+"""The folder whose modules make the numbers of validation experiments, and none of a training run."""
+
+
+@functools.lru_cache
+def code_version(validation: bool = False) -> str:
     """`sources_sha256` of this checkout, hashed once per process."""
-    return sources_sha256(ROOT)
+    return sources_sha256(ROOT, validation=validation)
 
 
-def sources_sha256(root: str | Path, sources: Iterable[str] | None = None) -> str:
+def sources_sha256(root: str | Path, sources: Iterable[str] | None = None, validation: bool = False) -> str:
     """sha256 of the code that determines numbers, unmoved by edits of prose.
 
     Blank lines, full-line comments, docstrings and trailing blanks do not count; a comment at the
@@ -46,6 +50,7 @@ def sources_sha256(root: str | Path, sources: Iterable[str] | None = None) -> st
         root: folder that holds `opus_bench/` and `baselines/`.
         sources: the files to hash, relative to root; by default every module and task file of
             `opus_bench` but those in UNHASHED, and all of `baselines`.
+        validation: with the folder VALIDATION, which training runs do not depend on.
 
     Raises:
         RecordError: a source that is missing or is not Python.
@@ -54,7 +59,8 @@ def sources_sha256(root: str | Path, sources: Iterable[str] | None = None) -> st
     if sources is None:
         patterns = ("opus_bench/**/*.py", "opus_bench/**/*.yaml", "baselines/**/*.py")
         found = [path for pattern in patterns for path in root.glob(pattern)]
-        paths = [path for path in found if path.stem not in UNHASHED]
+        paths = [path for path in found
+                 if path.stem not in UNHASHED and (validation or path.parent.name != VALIDATION)]
     else:
         paths = [root / source for source in sources]
     digest = hashlib.sha256()

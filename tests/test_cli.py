@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from opus_bench import cli
-from opus_bench import validate as validation
+from opus_bench.validation import validate as validation
 from test_report import REPORTED, grid, written
-from test_validate import SMALL, RandomCandidates, TinyCorpus
+from test_validate import SMALL, TinyCorpus, random_candidates
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def tiny(monkeypatch):
         asked = build(optimizer, scale, steps, widths, seed)
         return build(**{**made, "optimizer": asked.optimizer, "widths": asked.widths, "seed": asked.seed})
 
-    monkeypatch.setattr(validation, "CandidateStream", RandomCandidates)
+    random_candidates(monkeypatch)
     monkeypatch.setattr(validation, "Settings", settings)
     monkeypatch.setattr("opus_bench.corpus.build_corpus", lambda spec: TinyCorpus())
 

@@ -362,8 +362,18 @@ def test_code_version_covers_core_and_baselines_but_not_the_readers_of_records(t
     assert provenance.sources_sha256(tmp_path, sources=["opus_bench/core.py"]) == first
 
 
+def test_validation_enters_the_code_version_of_its_own_experiments_alone(tmp_path):
+    (tmp_path / "opus_bench" / "validation").mkdir(parents=True)
+    source = tmp_path / "opus_bench" / "validation" / "sketch_error.py"
+    versions = []
+    for text in ("x = 1\n", "x = 2\n"):
+        source.write_text(text)
+        versions.append([provenance.sources_sha256(tmp_path, validation=with_it) for with_it in (False, True)])
+    assert versions[0][0] == versions[1][0] and versions[0][1] != versions[1][1]
+
+
 def test_no_module_that_makes_numbers_imports_one_outside_the_code_version():
-    unhashed = "|".join(sorted(provenance.UNHASHED))
+    unhashed = "|".join(sorted({*provenance.UNHASHED, provenance.VALIDATION}))
     unwanted = rf"^\s*from (opus_bench)?\.({unhashed}) import|^\s*from (opus_bench|\.) import .*\b({unhashed})\b"
     paths = [path for folder in ("opus_bench", "baselines") for path in (provenance.ROOT / folder).glob("*.py")]
     hashed = [path for path in paths if path.stem not in provenance.UNHASHED]

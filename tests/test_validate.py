@@ -9,11 +9,14 @@ import pytest
 import torch
 from small_models import FIVE_SIGMA, VOCABULARY, optimizers_for, tokens
 
-from opus_bench import validate as subject
+from opus_bench.validation import validate as subject
 from opus_bench.corpus import CorpusSpec, build_corpus
 from opus_bench.gradients import exact_per_sample_grads, layer_names, parameter_names
 from opus_bench.preconditioner import preconditioners
-from opus_bench.validate import HASH_SEED_STEP, Settings
+from opus_bench.train import weights_sha256
+from opus_bench.utility import exact_utility
+from opus_bench.validation.trained import stages
+from opus_bench.validation.validate import HASH_SEED_STEP, Settings
 
 SEEDS = [HASH_SEED_STEP * i for i in range(1, 9)]
 
@@ -40,6 +43,11 @@ class RandomCandidates:
 
     def candidates(self, step):
         return type("Batch", (), {"tokens": tokens(*self.shape, seed=1000 + step)})
+
+
+def random_candidates(monkeypatch):
+    for module in ("trained", "validate"):
+        monkeypatch.setattr(f"opus_bench.validation.{module}.CandidateStream", RandomCandidates)
 
 
 @pytest.fixture
@@ -135,13 +143,13 @@ def test_the_oracle_agrees_in_float64_and_to_rounding_in_float32(model, kind):
 
 
 def test_the_oracle_sees_a_wrong_utility(model, monkeypatch):
-    right = subject.exact_utility
+    right = exact_utility
 
     def wrong(*args):
         found = right(*args)
         return dataclasses.replace(found, alignment=1.01 * found.alignment, gram=0.98 * found.gram)
 
-    monkeypatch.setattr(subject, "exact_utility", wrong)
+    monkeypatch.setattr("opus_bench.validation.problem.exact_utility", wrong)
     for error in subject.oracle_errors(model, optimizers_for(model, "adamw"), tokens(3, 9), tokens(2, 9)):
         assert error.alignment == pytest.approx(0.01) and error.gram == pytest.approx(0.02)
 
@@ -225,7 +233,7 @@ SMALL = Settings(scale="ci", steps=2, widths=(64, 512), length=16, candidates=8,
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_whole_is_deterministic_and_plain(optimizer, monkeypatch):
-    monkeypatch.setattr(subject, "CandidateStream", RandomCandidates)
+    random_candidates(monkeypatch)
     settings = dataclasses.replace(SMALL, optimizer=optimizer)
     first, second = (subject.validate(settings, TinyCorpus(), progress=False).plain() for _ in range(2))
     assert first.pop("seconds") > 0 and second.pop("seconds") > 0
@@ -235,15 +243,28 @@ def test_the_whole_is_deterministic_and_plain(optimizer, monkeypatch):
 
 
 def test_training_leaves_the_rate_of_the_step_to_come(monkeypatch):
-    monkeypatch.setattr(subject, "CandidateStream", RandomCandidates)
-    steps = []
-    _, optimizers, losses = subject.train_at_random(SMALL.run_config, TinyCorpus(), lambda: steps.append(1))
-    assert len(steps) == 2 and losses[0] > 0
+    random_candidates(monkeypatch)
+    calls = []
+    (stage,) = stages(SMALL.run_config, TinyCorpus(), [2], lambda: calls.append(1))
+    optimizers = stage.optimizers
+    assert len(calls) == len(stage.losses) == 2 and stage.losses[0] > 0
+    assert (stage.step, stage.tokens_seen) == (2, 2 * 4 * 16)
     assert {group["lr"] for o in optimizers for group in o.param_groups} == {SMALL.run_config.adam_lr}
     cooling = dataclasses.replace(SMALL.run_config, optimizer="muon", steps=3)
-    muon = subject.train_at_random(cooling, TinyCorpus())[1][0]
+    (stage,) = stages(cooling, TinyCorpus(), [3])
+    muon = stage.optimizers[0]
     assert muon.param_groups[0]["momentum"] == pytest.approx(0.85 + 0.1 * 3 / 300, abs=1e-12)
     assert all(state["step"] == 2 for o in optimizers for state in o.state.values())
+
+
+def test_stages_are_those_of_one_training(monkeypatch):
+    random_candidates(monkeypatch)
+    seen = [(s.step, weights_sha256(s.model)) for s in stages(SMALL.run_config, TinyCorpus(), [0, 1, 3])]
+    assert [step for step, _ in seen] == [0, 1, 3] and len({sha for _, sha in seen}) == 3
+    (alone,) = [weights_sha256(s.model) for s in stages(SMALL.run_config, TinyCorpus(), [3])]
+    assert alone == seen[-1][1]
+    with pytest.raises(ValueError, match=r"\[3, 1\]"):
+        next(stages(SMALL.run_config, TinyCorpus(), [3, 1]))
 
 
 @pytest.mark.network

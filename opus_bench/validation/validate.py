@@ -15,29 +15,25 @@ Functions return plain dataclasses; cli.py prints them.  Axes as in gradients.py
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from . import sampling
-from .corpus import Corpus
-from .ghost import row_chunks
-from .gradients import (PerSampleGradient, capture, exact_per_sample_grads, layer_names, mean_gradient,
-                        parameter_names)
-from .model import OpusGPT2, OpusGPT2Config
-from .preconditioner import Preconditioner, preconditioners
-from .selector import ARMS, Opus, TrainState
-from .stream import CandidateStream, ProxyStream
-from .train import RunConfig, build_optimizers, set_determinism, set_schedule, update
-from .utility import Utility, check_utilities, exact_utility, sketched_utility
-from .validation import ArmDraw, NoiseFloor, OracleError, Settings, SketchFidelity, Validation
+from .. import sampling
+from ..corpus import Corpus
+from ..ghost import row_chunks
+from ..gradients import capture, exact_per_sample_grads, layer_names, mean_gradient, parameter_names
+from ..preconditioner import preconditioners
+from ..selector import ARMS, Opus, TrainState
+from ..stream import CandidateStream, ProxyStream
+from ..utility import Utility
+from .findings import ArmDraw, NoiseFloor, OracleError, Settings, SketchFidelity, Validation
+from .problem import Optimizers, Scoring, float64_copy, rank_correlation, relative_error, scoring
+from .trained import stages
 
 PAPER_WIDTH = 8192
 # Every weight's hash has the seed plus a checksum of its name; far apart, two such sums do not meet.
@@ -45,95 +41,7 @@ HASH_SEED_STEP = 10_000_019
 NEARLY_UNIFORM = 0.9  # effective sample size / candidates above which a draw is called uniform
 FIVE_SIGMA = 5.0
 
-Optimizers = Sequence[torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Factored gradients of the candidates with all that the utilities take."""
-
-    gradients: dict[str, PerSampleGradient]
-    proxy_gradient: dict[str, Tensor]
-    preconditioners: dict[str, Preconditioner]
-
-    @property
-    def weights(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The paper's: eta for the alignment, eta^2 for the redundancy."""
-        eta = {name: p.learning_rate for name, p in self.preconditioners.items()}
-        return eta, {name: value**2 for name, value in eta.items()}
-
-    def exact(self, gram: bool = True) -> Utility:
-        alignment_weights, redundancy_weights = self.weights
-        return exact_utility(self.gradients, self.proxy_gradient, self.preconditioners,
-                             alignment_weights, redundancy_weights if gram else None)
-
-    def sketched(self, width: int, seed: int) -> Utility:
-        return sketched_utility(self.gradients, self.proxy_gradient, self.preconditioners,
-                                *self.weights, width, seed)
-
-
 # Pieces -----------------------------------------------------------------------------------------
-
-
-def train_at_random(
-    config: RunConfig, corpus: Corpus, on_step: Callable[[], Any] = lambda: None
-) -> tuple[OpusGPT2, list[torch.optim.Optimizer], tuple[float, float]]:
-    """Train on a random half of every buffer; returns model, live optimizers, first and last loss.
-
-    The optimizers' groups hold the rates of the step about to be taken, as P_t wants them.
-    """
-    set_determinism(config.threads)
-    torch.manual_seed(config.seed)
-    model = OpusGPT2(OpusGPT2Config.from_size(config.model, corpus.vocab_size, embedding_std=config.embedding_std))
-    model.train()
-    optimizers = build_optimizers(model, config)
-    generator = torch.Generator().manual_seed(config.seed)
-    stream = CandidateStream(corpus, config.length, config.buffer, config.seed)
-    losses = []
-    for step in range(config.steps):
-        set_schedule(optimizers, step, config)
-        chosen = torch.randperm(config.buffer, generator=generator)[: config.selected_size]
-        losses.append(update(model, optimizers, stream.candidates(step).tokens[chosen], config.clip))
-        on_step()
-    set_schedule(optimizers, config.steps, config)
-    return model, optimizers, (losses[0], losses[-1])
-
-
-def scoring(
-    model: nn.Module, optimizers: Optimizers, candidates: Int[Tensor, "n t"], proxy: Int[Tensor, "m t"],
-    layers: str | Sequence[str] = "blocks",
-) -> Scoring:
-    """Gradients of candidates and proxy, and the live P_t, for the layers that the paper scores."""
-    names = layer_names(model, layers)
-    return Scoring(
-        capture(model, candidates, names),
-        mean_gradient(model, proxy, names)[0],
-        preconditioners(optimizers, parameter_names(model, names)),
-    )
-
-
-def float64_copy(model: nn.Module, optimizers: Optimizers) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    """Model and optimizers with the same values in float64; the originals are left alone."""
-    model, optimizers = copy.deepcopy((model, list(optimizers)))
-    model.double()
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            for name, value in state.items():
-                if torch.is_tensor(value) and value.shape == p.shape:
-                    state[name] = value.double()
-    return model, optimizers
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|, Frobenius."""
-    return float((got.double() - want).norm() / want.norm())
-
-
-def rank_correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
-    """Spearman's."""
-    check_utilities(x, "rank correlation")
-    check_utilities(y, "rank correlation")
-    return float(spearmanr(x.numpy(), y.numpy()).statistic)
 
 
 def oracle_errors(
@@ -340,7 +248,8 @@ def validate(settings: Settings, corpus: Corpus, progress: bool = True) -> Valid
     seeds = [HASH_SEED_STEP * (i + 1) for i in range(settings.hash_seeds)]
     hide = None if progress else True  # None: hidden unless on a terminal
     with tqdm(total=settings.steps, desc="training", unit="step", disable=hide) as bar:
-        model, optimizers, losses = train_at_random(config, corpus, bar.update)
+        (stage,) = stages(config, corpus, [settings.steps], bar.update)
+    model, optimizers, losses = stage.model, stage.optimizers, (stage.losses[0], stage.losses[-1])
     total = len(settings.widths) * len(seeds)
     with tqdm(total=total + 3, desc="scoring", unit="comparison", disable=hide) as bar:
         oracle = oracle_errors(model, optimizers, few, proxy)

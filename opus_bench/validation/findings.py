@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .train import RunConfig
+from ..train import RunConfig
 
 
 @dataclass(frozen=True)
