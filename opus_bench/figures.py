@@ -259,6 +259,35 @@ def _figure(
         return _save(figure, path)
 
 
+def draw_panels(
+    path: Path,
+    heading: str,
+    note: str,
+    draw: Callable[[Figure, np.ndarray], None],
+    rows: int = 1,
+    columns: int = 1,
+    size: tuple[float, float] = (7.5, 4.0),
+    **subplots: object,
+) -> Path:
+    """A figure in the house's style: ``draw(figure, axes)`` fills a (rows, columns) array of axes.
+
+    Args:
+        heading: title; name the scale in it.  note: small print beneath, may have several lines.
+        size: inches without the note.  subplots: options of ``Figure.subplots`` (sharex, width_ratios).
+
+    The same draws give the same bytes.
+    """
+    with matplotlib.rc_context(STYLE):
+        foot = 0.08 + 0.17 * (note.count("\n") + 1)
+        figure = Figure(figsize=(size[0], size[1] + foot))
+        axes = figure.subplots(rows, columns, squeeze=False, **subplots)
+        draw(figure, axes)
+        figure.suptitle(heading, fontsize=11)
+        figure.tight_layout(rect=(0, foot / (size[1] + foot), 1, 1))
+        figure.text(0.012, 0.015, note, fontsize=8.5, color="#444444", va="bottom")
+        return _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})

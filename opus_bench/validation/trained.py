@@ -24,6 +24,14 @@ class Stage:
     optimizers: list[torch.optim.Optimizer]  # groups hold the rates of the step about to be taken
     losses: tuple[float, ...]  # training loss of every step so far, nat/token
 
+    def row(self, name: str, value: float, unit: str = "1", **keys: Any) -> dict[str, Any]:
+        """A measurement at this stage as a record keeps it (``metrics``); ``keys`` say what it is of.
+
+        Units: "1" for a pure number, "nat/token", "%", "s".
+        """
+        return {"step": self.step, "tokens_seen": self.tokens_seen, "split": "validation", "name": name,
+                "unit": unit, "value": float(value), **keys}
+
 
 def stages(
     config: RunConfig, corpus: Corpus, steps: Sequence[int], on_step: Callable[[], Any] = lambda: None
