@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from opus_bench.gradients import sample_losses, scoring_mode
+from opus_bench.gradients import scoring_mode
 from opus_bench.sampling import check_size
+from opus_bench.sequences import as_sequences, sample_losses
 from opus_bench.selector import Selection, Stateless, TrainState
 from opus_bench.utility import check_utilities
 
@@ -38,10 +39,10 @@ class Perplexity(Stateless):
     def select(
         self, candidates: Any, size: int, state: TrainState, generator: torch.Generator
     ) -> Selection:
-        tokens = getattr(candidates, "tokens", candidates)
-        check_size(size, len(tokens))
+        sequences = as_sequences(candidates)
+        check_size(size, len(sequences))
         with scoring_mode(state.model), torch.no_grad():
-            losses = sample_losses(state.model, tokens[:, : self.window]).double().cpu()
+            losses = sample_losses(state.model, sequences.window(self.window)).double().cpu()
         check_utilities(losses, f"perplexity ({self.keep}) at step {state.step}")
         score = {"high": losses, "low": -losses, "mid": -(losses - losses.median()).abs()}[self.keep]
         order = torch.sort(score, descending=True, stable=True).indices

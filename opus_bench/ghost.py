@@ -1,11 +1,15 @@
 """Algebra on factored per-sample gradients: exact, without keeping a gradient per sample.
 
-The legend of axes and factors is that of gradients.py.
+The legend of axes and factors is that of gradients.py.  Factors of half precision are multiplied and
+summed in float32, and an autocast of the caller's does not reach in here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +19,29 @@ from .gradients import Factors, PerSampleGradient
 
 CHUNK_ELEMENTS = 1 << 24  # elements of per-sample gradient that are held at once
 
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 
+
+def outside_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function with autocast off: what it is given decides the dtype that it computes in."""
+
+    @functools.wraps(function)
+    def plain(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return plain
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32, in which sums of many products are worth having; integer ids as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+@outside_autocast
 def ghost_inner_product(x: Factors, y: Factors) -> Float[Tensor, "n m"]:
     """Inner products of two batches' per-sample gradients of one use, without forming a gradient.
 
@@ -27,14 +53,15 @@ def ghost_inner_product(x: Factors, y: Factors) -> Float[Tensor, "n m"]:
     """
     if x.left.is_floating_point() != y.left.is_floating_point():
         raise ValueError("one side is an embedding (integer rows), the other is not")
+    columns = torch.einsum("nti,mui->nmtu", wide(x.right), wide(y.right))
     if x.left.is_floating_point():
-        rows = torch.einsum("nto,muo->nmtu", x.left, y.left)
+        rows = torch.einsum("nto,muo->nmtu", wide(x.left), wide(y.left))
     else:
-        rows = (x.left[:, None, :, None] == y.left[None, :, None, :]).to(x.right.dtype)
-    columns = torch.einsum("nti,mui->nmtu", x.right, y.right)
+        rows = (x.left[:, None, :, None] == y.left[None, :, None, :]).to(columns.dtype)
     return torch.einsum("nmtu,nmtu->nm", rows, columns)
 
 
+@outside_autocast
 def contract(gradient: PerSampleGradient, matrix: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
     """<G_n, V> for every sample: sum_t left[n,t]^T V right[n,t], no gradient formed.
 
@@ -42,33 +69,44 @@ def contract(gradient: PerSampleGradient, matrix: Float[Tensor, "o i"]) -> Float
     Cost: O(n t o i) flops, as one forward of the layer, and O(n t o) memory; O(n t i) for an
         embedding.
     """
+    matrix = wide(matrix)
     total: Tensor | None = None
     for use in gradient.uses:
-        if use.left.is_floating_point():
-            part = ((use.right @ matrix.T) * use.left).sum((1, 2))
+        left, right = wide(use.left), wide(use.right)
+        if left.is_floating_point():
+            part = ((right @ matrix.T) * left).sum((1, 2))
         else:
-            part = (matrix[use.left] * use.right).sum((1, 2))
+            part = (matrix[left] * right).sum((1, 2))
         total = part if total is None else total + part
     assert total is not None
     return total
 
 
+@outside_autocast
 def rows(gradient: PerSampleGradient, start: int, stop: int) -> Float[Tensor, "n r i"]:
     """Rows start..stop-1 of every sample's dense gradient; exact, O(n t r i) flops."""
     total: Tensor | None = None
     for use in gradient.uses:
-        if use.left.is_floating_point():
-            part = torch.einsum("ntr,nti->nri", use.left[:, :, start:stop], use.right)
+        left, right = use.left, wide(use.right)
+        if left.is_floating_point():
+            part = torch.einsum("ntr,nti->nri", wide(left[:, :, start:stop]), right)
         else:
-            n = len(use.left)
-            inside = (use.left >= start) & (use.left < stop)
-            sample = torch.arange(n, device=use.left.device)[:, None].expand_as(use.left)
-            slot = (sample * (stop - start) + use.left - start)[inside]
-            part = use.right.new_zeros(n * (stop - start), use.right.shape[2])
-            part = part.index_add(0, slot, use.right[inside]).view(n, stop - start, -1)
+            n = len(left)
+            inside = (left >= start) & (left < stop)
+            sample = torch.arange(n, device=left.device)[:, None].expand_as(left)
+            slot = (sample * (stop - start) + left - start)[inside]
+            part = right.new_zeros(n * (stop - start), right.shape[2])
+            part = part.index_add(0, slot, right[inside]).view(n, stop - start, -1)
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def mean(gradient: PerSampleGradient) -> Float[Tensor, "o i"]:
+    """Mean of the samples' gradients, dense; exact, O(n t o i) flops, no gradient per sample."""
+    samples = len(gradient.uses[0].right)
+    uses = tuple(Factors(use.left.flatten(0, 1)[None], use.right.flatten(0, 1)[None]) for use in gradient.uses)
+    return rows(PerSampleGradient(gradient.shape, uses), 0, gradient.shape[0])[0] / samples
 
 
 def row_chunks(

@@ -12,7 +12,7 @@ An arm is a set of defaults; every knob can be set by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -21,10 +21,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from . import sampling
-from .ghost import row_chunks
-from .gradients import (PerSampleGradient, capture, curvature, layer_names, mean_gradient,
-                        parameter_names)
+from .ghost import mean, outside_autocast
+from .gradients import PerSampleGradient, capture, curvature, mean_gradient
+from .layers import layer_names, parameter_names
 from .preconditioner import Preconditioner, preconditioners
+from .sequences import Sequences, as_sequences
 from .utility import Utility, check_utilities, exact_utility, sketched_utility
 
 
@@ -35,7 +36,7 @@ class TrainState:
     model: nn.Module  # plain (not compiled) causal language model of transformers
     optimizers: Sequence[torch.optim.Optimizer] | torch.optim.Optimizer
     step: int  # update steps done
-    proxy: Int[Tensor, "m t"] | None = None  # tokens of this step's proxy batch
+    proxy: Int[Tensor, "m t"] | Sequences | Mapping[str, Tensor] | None = None  # this step's proxy batch
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Selector(Protocol):
     """Chooses which candidates are trained on.
 
     ``select`` leaves parameters, ``.grad``, optimizer state, module types, training flags and
-    every RNG but ``generator`` bit-identical.  ``candidates`` is a (n, t) tensor of tokens, or
-    anything with such a ``.tokens``.  A selector that carries something from step to step returns
+    every RNG but ``generator`` bit-identical.  ``candidates`` is whatever ``sequences.as_sequences``
+    takes: a (n, t) tensor of tokens, a data loader's batch with masks, anything with ``.tokens``.  A selector that carries something from step to step returns
     it from ``state_dict`` (plain values), so that a resumed run is the same run.
     """
 
@@ -84,7 +85,10 @@ class Opus:
 
     arm_name: str = "custom"
     window: int = 512  # tokens scored per sequence, from its start [P: 512]
-    layers: str | Sequence[str] = "blocks"  # see gradients.layer_names; [C] leaves out embedding, head
+    layers: str | Sequence[str] = "blocks"  # see layers.layer_names; [C] leaves out embedding, head
+    preconditioner: Literal["frozen", "adjoint", "identity"] = "frozen"
+    # "frozen": P_t [P].  "adjoint": alignment along J^T g_proxy, J the derivative of the optimizer's real
+    # map at the candidates' mean gradient (ours; exact estimator only).  "identity": as for SGD.
     estimator: Literal["exact", "sketch"] = "sketch"  # [P] sketch; the exact costs no more (ours)
     sketch_width: int = 8192  # buckets per weight [P]
     sketch_seed: int = 42  # [C]
@@ -124,6 +128,11 @@ class Opus:
             raise ValueError(f"sampling must be boltzmann, greedy or top_k, got {self.sampling!r}")
         if self.estimator not in ("exact", "sketch"):
             raise ValueError(f"estimator must be exact or sketch, got {self.estimator!r}")
+        if self.preconditioner not in ("frozen", "adjoint", "identity"):
+            raise ValueError(f"preconditioner must be frozen, adjoint or identity, got {self.preconditioner!r}")
+        if self.preconditioner == "adjoint" and self.estimator != "exact":
+            raise ValueError("preconditioner='adjoint' needs estimator='exact': no update per candidate is formed "
+                             "that could be sketched")
         if self.temperature is not None:
             sampling.check_temperature(self.temperature)
         if self.effective_share is not None:
@@ -133,6 +142,7 @@ class Opus:
         self, candidates: Any, size: int, state: TrainState, generator: torch.Generator
     ) -> Selection:
         """Choose ``size`` candidates; see Selector.  Cost: see ``utilities``."""
+        sampling.check_size(size, len(as_sequences(candidates)))
         utility = self.utilities(candidates, size, state)
         first = utility.marginal([])
         check_utilities(first, f"opus ({self.arm_name}) at step {state.step}")
@@ -151,10 +161,9 @@ class Opus:
         if self._curvature is not None:
             diagnostics["curvature"] = self._curvature
         if draws.effective_share:
-            mean = lambda x: math.fsum(x) / len(x)  # noqa: E731
-            diagnostics["effective_sample_size"] = mean(draws.effective_share)
-            diagnostics["total_variation"] = mean(draws.total_variation)
-            diagnostics["temperature"] = mean(draws.temperature)
+            for name, values in (("effective_sample_size", draws.effective_share),
+                                 ("total_variation", draws.total_variation), ("temperature", draws.temperature)):
+                diagnostics[name] = math.fsum(values) / len(values)
         return Selection(torch.tensor(draws.indices), first, diagnostics)
 
     def utilities(self, candidates: Any, size: int, state: TrainState) -> Utility:
@@ -163,16 +172,19 @@ class Opus:
         Cost: one forward and backward-to-activations of candidates and a full one of the proxy,
             each over ``window`` tokens, then the estimator's.
         """
-        tokens = getattr(candidates, "tokens", candidates)
-        if state.proxy is None or not len(state.proxy):
+        proxy_batch = None if state.proxy is None else as_sequences(state.proxy).window(self.window)
+        if not proxy_batch:
             raise ValueError("opus needs a proxy batch in TrainState.proxy, got none")
         names = layer_names(state.model, self.layers)
-        p = preconditioners(state.optimizers, parameter_names(state.model, names))
-        proxy_tokens = state.proxy[:, : self.window]
+        parameters = parameter_names(state.model, names)
+        p = outside_autocast(preconditioners)(state.optimizers, parameters)
+        if self.preconditioner == "identity":
+            p = {k: Preconditioner(learning_rate=v.learning_rate) for k, v in p.items()}
         if self._proxy_gradient is None or state.step % self.proxy_every == 0:
-            self._proxy_gradient, _ = mean_gradient(state.model, proxy_tokens, names, self.label_shift)
+            self._proxy_gradient, _ = mean_gradient(state.model, proxy_batch, names, self.label_shift)
         proxy = self._proxy_gradient
-        gradients = capture(state.model, tokens[:, : self.window], names, self.label_shift)
+        window = as_sequences(candidates).window(self.window)
+        gradients = capture(state.model, window, names, self.label_shift)
 
         eta = {k: v.learning_rate if self.utility_scale == "learning_rate" else 1.0
                for k, v in p.items()}
@@ -183,12 +195,16 @@ class Opus:
         redundancy_weights = {k: eta[k] ** power * scale[k] ** 2 for k in p}
         weight = 1.0
         if self.redundancy == "measured":
-            weight = self._measured_curvature(state, gradients, p, proxy_tokens) / size
+            weight = self._measured_curvature(state, gradients, p, proxy_batch) / size
         elif self.redundancy != "paper":
             weight = float(self.redundancy)
         options = (gradients, proxy, p, alignment_weights, redundancy_weights if weight else None)
         if self.estimator == "exact":
-            utility = exact_utility(*options)
+            directions = None
+            if self.preconditioner == "adjoint":
+                from .optimizer_map import adjoint
+                directions = adjoint(state.optimizers, parameters, {k: mean(g) for k, g in gradients.items()}, proxy)
+            utility = exact_utility(*options, directions)
         else:
             utility = sketched_utility(*options, self.sketch_width, self.sketch_seed)
         return replace(utility, redundancy_weight=weight)
@@ -198,16 +214,12 @@ class Opus:
         state: TrainState,
         gradients: dict[str, PerSampleGradient],
         p: dict[str, Preconditioner],
-        proxy_tokens: Tensor,
+        proxy: Sequences,
     ) -> float:
         """h along the candidates' mean update, kept for ``curvature_every`` steps, at least 0."""
         if self._curvature is None or state.step % self.curvature_every == 0:
-            mean = {k: torch.cat([rows.mean(0) for _, rows in row_chunks(g)])
-                    for k, g in gradients.items()}
-            direction = {k: p[k](g) for k, g in mean.items()}
-            self._curvature = max(
-                0.0, curvature(state.model, proxy_tokens, direction, self.label_shift)
-            )
+            direction = {k: p[k](mean(g)) for k, g in gradients.items()}
+            self._curvature = max(0.0, curvature(state.model, proxy, direction, self.label_shift))
         return self._curvature
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .ghost import contract, row_chunks
+from .ghost import contract, outside_autocast, row_chunks
 from .gradients import PerSampleGradient
 from .preconditioner import Preconditioner
 from .sketch import count_sketch, sketch_gradients
@@ -41,14 +41,19 @@ class Utility:
 Weights = dict[str, float]  # per parameter
 
 
+@outside_autocast
 def exact_utility(
     candidates: dict[str, PerSampleGradient],
     proxy_gradient: dict[str, Float[Tensor, "o i"]],
     preconditioners: dict[str, Preconditioner],
     alignment_weights: Weights,
     redundancy_weights: Weights | None,
+    directions: dict[str, Float[Tensor, "o i"]] | None = None,
 ) -> Utility:
     """Alignment by contraction with P_t g_proxy; Gram by dense rows in bounded chunks.
+
+    ``directions``, where given, take the place of P_t g_proxy in the alignment (the adjoint of the
+    optimizer's real map, optimizer_map.py).
 
     Exactness: exact up to rounding in the model's dtype; checked against autograd in float64.
     Cost: alignment as one forward of the scored layers; the Gram O(n t o i + n^2 o i) flops and
@@ -57,7 +62,7 @@ def exact_utility(
     alignment, gram = 0.0, 0.0
     for name, gradient in candidates.items():
         p = preconditioners[name]
-        direction = p(proxy_gradient[name])  # P_t is symmetric
+        direction = p(proxy_gradient[name]) if directions is None else directions[name]  # P_t is symmetric
         alignment = alignment + alignment_weights[name] * contract(gradient, direction).double()
         if redundancy_weights is not None:
             for start, dense in row_chunks(p.on_left(gradient)):
@@ -66,6 +71,7 @@ def exact_utility(
     return Utility(alignment.cpu(), None if redundancy_weights is None else gram.cpu())
 
 
+@outside_autocast
 def sketched_utility(
     candidates: dict[str, PerSampleGradient],
     proxy_gradient: dict[str, Float[Tensor, "o i"]],
