@@ -179,13 +179,14 @@ def _factors(module: nn.Module, call: _Call, b: Tensor) -> Iterator[tuple[nn.Par
 def _normalised(module: nn.Module, call: _Call) -> Tensor:
     """x in output = weight * x + bias, from the module itself with weight 1 and bias 0; checked."""
     values = {k: p.detach() for k, p in module.named_parameters(recurse=False)}
-    plain = {k: torch.ones_like(p) if k == "weight" else torch.zeros_like(p) for k, p in values.items()}
+    zero = {k: torch.zeros_like(p) for k, p in values.items()}
     with torch.no_grad():
-        x = torch.func.functional_call(module, plain, (call.a,))
+        nothing = torch.func.functional_call(module, zero, (call.a,))
+        x = torch.func.functional_call(module, zero | {"weight": torch.ones_like(values["weight"])}, (call.a,))
         again = x * values["weight"] + values.get("bias", 0)
         # rounding of a product and a sum, and of x once more; ten times that for orders of operations
         tolerance = 10 * torch.finfo(call.output.dtype).eps * again.abs().max()
-        if not (again - call.output).abs().max() <= tolerance:
+        if nothing.any() or not (again - call.output).abs().max() <= tolerance:
             raise ValueError(f"layer {call.layer!r} is a {type(module).__name__} whose output is not "
                              "weight * f(input) + bias; leave it out by naming layers")
     return x
