@@ -3,22 +3,33 @@
     SGD     P_t G = G
     AdamW   P_t G = C_t G / (sqrt(v_hat_{t-1}) + eps),   C_t = alpha_t (1 - beta1) / (1 - beta1^t)
     Muon    P_t G = kappa_t S_t G,  S_t = a I + b A + c A^2,  A = q q^T,  q = m / |m|_F,
-            kappa_t = eta_t (1 - mu^2),  (a, b, c) the Newton-Schulz coefficients
+            kappa_t = eta'_t (1 - mu^2),  (a, b, c) the Newton-Schulz coefficients,
+            eta' the rate adjusted to the matrix's shape, as torch.optim.Muon applies it
 
 t is the step about to be taken, m the momentum and v_hat the bias-corrected second moment left by
 the step before.  All three are linear, symmetric maps of one weight's gradient, so
 <P g_n, g_proxy> = <g_n, P g_proxy>.  A parameter without state (before the optimizer's first step)
-gets alpha_1 G for AdamW and eta_1 G for Muon: no second moment or momentum exists yet.
+gets alpha_1 G for AdamW and eta'_1 G for Muon: no second moment or momentum exists yet.
+
+Every parameter has the settings of its own group; foreach, fused and capturable change where the
+step is computed, not what it is.  1 - mu^2 is the share of G in Nesterov's direction
+(1 - mu^2) G + mu^2 m, the paper's; with nesterov=False it is 1 - mu.  Decoupled weight decay is no
+part of P_t.  Adam's coupled one adds decay * W to every gradient: an offset that is the same
+whichever candidates are chosen, and so left out.  maximize=True is refused: whether the gradients
+scored here are those of the loss or of what is maximized cannot be known.
+The real maps are not linear; optimizer_map.py has their derivative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim._muon import _adjust_lr
 
 from .gradients import Factors, PerSampleGradient
 
@@ -30,7 +41,7 @@ class Preconditioner:
     scale: float = 1.0
     diagonal: Tensor | None = None  # (o, i)
     left: Tensor | None = None  # (o, o), symmetric
-    learning_rate: float = 1.0  # eta_t of the parameter's group, for the utility
+    learning_rate: float = 1.0  # eta_t of the parameter's group, not adjusted, for the utility
 
     def __call__(self, gradient: Float[Tensor, "*n o i"]) -> Float[Tensor, "*n o i"]:
         """Apply P to dense gradients."""
@@ -63,29 +74,70 @@ def adamw_preconditioner(state: dict, group: dict) -> Preconditioner:
     if group.get("amsgrad"):
         raise ValueError("amsgrad=True keeps a running maximum of v that P_t does not describe; "
                          "use amsgrad=False")
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = (float(beta) for beta in group["betas"])
     rate = float(group["lr"])
-    if "exp_avg_sq" not in state:
+    done = int(state.get("step", 0))  # t - 1
+    if not done:
         return Preconditioner(scale=rate, learning_rate=rate)
-    done = int(state["step"])  # t - 1
     scale = rate * (1 - beta1) / (1 - beta1 ** (done + 1))
     v_hat = state["exp_avg_sq"] / (1 - beta2**done)
     diagonal = 1 / (v_hat.sqrt() + group["eps"])
     return Preconditioner(scale, _as_matrix(diagonal), None, rate)
 
 
-def muon_preconditioner(state: dict, group: dict) -> Preconditioner:
-    """The paper's P_t of Muon for one parameter: one Newton-Schulz polynomial of the momentum."""
+def muon_preconditioner(state: dict, group: dict, shape: torch.Size) -> Preconditioner:
+    """The paper's P_t of Muon for one parameter: one Newton-Schulz polynomial of the momentum.
+
+    Not the derivative of the real step, which has five such polynomials and the momentum's norm.
+    """
     rate = float(group["lr"])
+    adjusted = _adjust_lr(rate, group["adjust_lr_fn"], shape)
     if "momentum_buffer" not in state:
-        return Preconditioner(scale=rate, learning_rate=rate)
+        return Preconditioner(scale=adjusted, learning_rate=rate)
     momentum = state["momentum_buffer"]
     a, b, c = group["ns_coefficients"]
     q = momentum / momentum.norm().clamp(min=group["eps"])
     outer = q @ q.T
     eye = torch.eye(len(q), dtype=q.dtype, device=q.device)
     left = a * eye + b * outer + c * outer @ outer
-    return Preconditioner(rate * (1 - group["momentum"] ** 2), None, left, rate)
+    share = 1 - group["momentum"] ** (2 if group["nesterov"] else 1)
+    return Preconditioner(adjusted * share, None, left, rate)
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A parameter with the optimizer that steps it, its group and its state ({} before the first step)."""
+
+    parameter: nn.Parameter
+    optimizer: torch.optim.Optimizer
+    group: dict[str, Any]
+    state: dict[str, Any]
+
+
+def owners(
+    optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+    parameters: dict[str, nn.Parameter],
+) -> dict[str, Owned]:
+    """Every named parameter with its optimizer.
+
+    Raises:
+        ValueError: for a parameter that no optimizer owns and for a group that maximizes.
+    """
+    if isinstance(optimizers, torch.optim.Optimizer):
+        optimizers = [optimizers]
+    found = {
+        id(p): Owned(p, optimizer, group, optimizer.state.get(p, {}))
+        for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
+    missing = [name for name, p in parameters.items() if id(p) not in found]
+    if missing:
+        raise ValueError(f"no optimizer owns {', '.join(missing)}")
+    owned = {name: found[id(p)] for name, p in parameters.items()}
+    for name, one in owned.items():
+        if one.group.get("maximize"):
+            raise ValueError(f"the group of {name} has maximize=True; minimize the negative instead, "
+                             "so that its gradients are those of a loss")
+    return owned
 
 
 def preconditioners(
@@ -95,34 +147,23 @@ def preconditioners(
     """P_t of every named parameter, from the optimizer that owns it.
 
     Raises:
-        ValueError: for an optimizer that is not SGD, Adam(W) or Muon, for amsgrad, and for a
-            parameter that no optimizer owns.
+        ValueError: for an optimizer that is not SGD, Adam(W) or Muon, for amsgrad and maximize, and
+            for a parameter that no optimizer owns.
 
     SGD's P_t is the identity also with momentum (the paper's choice).
     """
-    if isinstance(optimizers, torch.optim.Optimizer):
-        optimizers = [optimizers]
-    found: dict[int, Preconditioner] = {}
-    wanted = {id(p) for p in parameters.values()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if id(p) not in wanted:
-                    continue
-                state = optimizer.state.get(p, {})
-                if isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass
-                    found[id(p)] = adamw_preconditioner(state, group)
-                elif isinstance(optimizer, torch.optim.Muon):
-                    found[id(p)] = muon_preconditioner(state, group)
-                elif isinstance(optimizer, torch.optim.SGD):
-                    found[id(p)] = Preconditioner(learning_rate=float(group["lr"]))
-                else:
-                    raise ValueError(f"no preconditioner for {type(optimizer).__name__}; "
-                                     "SGD, Adam, AdamW and Muon of torch.optim are known")
-    missing = [name for name, p in parameters.items() if id(p) not in found]
-    if missing:
-        raise ValueError(f"no optimizer owns {', '.join(missing)}")
-    return {name: found[id(p)] for name, p in parameters.items()}
+    return {name: _preconditioner(one) for name, one in owners(optimizers, parameters).items()}
+
+
+def _preconditioner(one: Owned) -> Preconditioner:
+    if isinstance(one.optimizer, torch.optim.Adam):  # AdamW is a subclass
+        return adamw_preconditioner(one.state, one.group)
+    if isinstance(one.optimizer, torch.optim.Muon):
+        return muon_preconditioner(one.state, one.group, one.parameter.shape)
+    if isinstance(one.optimizer, torch.optim.SGD):
+        return Preconditioner(learning_rate=float(one.group["lr"]))
+    raise ValueError(f"no preconditioner for {type(one.optimizer).__name__}; "
+                     "SGD, Adam, AdamW and Muon of torch.optim are known")
 
 
 def _as_matrix(x: Tensor) -> Tensor:

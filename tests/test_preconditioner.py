@@ -1,5 +1,7 @@
 """P_t equals what one real torch.optim step does to a parameter, as far as that step is linear."""
 
+import copy
+
 import pytest
 import torch
 
@@ -43,11 +45,121 @@ def test_muon_scale_and_polynomial_by_hand():
     opt.state[w]["momentum_buffer"].copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
     p = preconditioners(opt, {"w": w})["w"]
     a, b, c = 3.4445, -4.7750, 2.0315
-    want = 0.1 * (1 - 0.9**2) * torch.tensor(
+    want = 0.1 * 1.5**0.5 * (1 - 0.9**2) * torch.tensor(
         [a + b * 0.6**2 + c * 0.6**4, a + b * 0.8**2 + c * 0.8**4, a], dtype=torch.float64
     )
     torch.testing.assert_close(p(torch.ones(3, 2, dtype=torch.float64)), want[:, None].expand(3, 2),
                                rtol=1e-10, atol=0)
+
+
+GROUPS = [  # two groups of one optimizer
+    (dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-8, weight_decay=0.0),
+     dict(lr=3e-3, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.1)),
+    (dict(lr=1e-2, betas=(0.0, 0.5), weight_decay=0.3), dict(lr=0.5, eps=1e-2)),
+]
+
+
+@pytest.mark.parametrize("way", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_one_real_adamw_step_is_minus_p_g_in_every_group(way, groups, steps):
+    """With m = 0 and v such that g leaves v_hat as it is, the real step is linear in g: the whole of it.
+
+    v_hat_t = (beta2 v + (1 - beta2) g^2) / (1 - beta2^t) equals v / (1 - beta2^(t - 1)) for g^2 = v_hat.
+    """
+    torch.manual_seed(steps)
+    w, b = (torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in [(4, 3), (5,)])
+    opt = torch.optim.AdamW([{"params": [p], **group} for p, group in zip((w, b), groups)], **way)
+    for _ in range(steps):
+        w.grad, b.grad = torch.randn_like(w), torch.randn_like(b)
+        opt.step()
+    for p, group in zip((w, b), opt.param_groups):
+        p.grad = torch.randn_like(p)
+        opt.state[p]["exp_avg"].zero_()
+        opt.state[p]["exp_avg_sq"].copy_(p.grad**2 * (1 - group["betas"][1] ** steps))
+    found = preconditioners(opt, {"w": w, "b": b})
+    decayed = {p: p.detach() * (1 - g["lr"] * g["weight_decay"]) for p, g in zip((w, b), opt.param_groups)}
+    opt.step()
+    for name, p in {"w": w, "b": b}.items():
+        change = (p.detach() - decayed[p]).view(len(p), -1)
+        # the weights' rounding, relative to a change that is smaller than they are
+        torch.testing.assert_close(change, -found[name](p.grad.view(len(p), -1)), rtol=1e-10, atol=1e-14)
+    assert [found[k].learning_rate for k in "wb"] == [float(g["lr"]) for g in opt.param_groups]
+
+
+def test_adams_coupled_decay_is_an_offset_of_the_gradient():
+    """Two candidates' real steps differ by P_t of their difference, decay or none, once v is held."""
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    # eps so large that sqrt(v) is a millionth beside it
+    opt = torch.optim.Adam([w], lr=torch.tensor(0.1, dtype=torch.float64), eps=1e6, weight_decay=0.5)
+    w.grad = torch.randn_like(w)
+    opt.step()
+    p = preconditioners(opt, {"w": w})["w"]
+    start, state, ends = w.detach().clone(), copy.deepcopy(opt.state_dict()), []
+    x, y = torch.randn(2, 4, 3, dtype=torch.float64)
+    for g in (x, y):
+        w.data.copy_(start)
+        opt.load_state_dict(copy.deepcopy(state))
+        w.grad = g
+        opt.step()
+        ends.append(w.detach().clone())
+    torch.testing.assert_close(ends[1] - ends[0], p(x - y), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("adjust,factor", [(None, {(4, 3): (4 / 3) ** 0.5, (2, 6): 1.0}),
+                                           ("original", {(4, 3): (4 / 3) ** 0.5, (2, 6): 1.0}),
+                                           ("match_rms_adamw", {(4, 3): 0.2 * 2, (2, 6): 0.2 * 6**0.5})])
+def test_muons_scale_is_of_its_group_shape_and_momentum(adjust, factor, nesterov):
+    """eta' (1 - mu^2), or eta' (1 - mu) without Nesterov, by hand; eta itself for the utility."""
+    weights = {shape: torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in factor}
+    rates, moments = {(4, 3): 0.1, (2, 6): 0.3}, {(4, 3): 0.9, (2, 6): 0.5}
+    opt = torch.optim.Muon([{"params": [w], "lr": rates[k], "momentum": moments[k]} for k, w in weights.items()],
+                           adjust_lr_fn=adjust, nesterov=nesterov)
+    named = {str(shape): w for shape, w in weights.items()}
+    fresh = preconditioners(opt, named)
+    for w in weights.values():
+        w.grad = torch.randn_like(w)
+    opt.step()
+    live = preconditioners(opt, named)
+    for shape in factor:
+        share = 1 - moments[shape] ** (2 if nesterov else 1)
+        assert fresh[str(shape)].scale == pytest.approx(rates[shape] * factor[shape], rel=1e-12)
+        assert live[str(shape)].scale == pytest.approx(rates[shape] * factor[shape] * share, rel=1e-12)
+        assert fresh[str(shape)].learning_rate == live[str(shape)].learning_rate == rates[shape]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muons_scale_is_what_a_real_step_makes_of_a_gradient(nesterov, monkeypatch):
+    """A real step with S made the identity: ns_steps = 1, a = 1, b = c = 0, and the norm divided out."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.zeros(5, 2, dtype=torch.float64))
+    opt = torch.optim.Muon([w], lr=0.1, momentum=0.9, weight_decay=0.2, nesterov=nesterov, ns_steps=1,
+                           ns_coefficients=(1.0, 0.0, 0.0))
+    w.grad = torch.randn_like(w)
+    opt.step()
+    opt.state[w]["momentum_buffer"].zero_()
+    p = preconditioners(opt, {"w": w})["w"]
+    g = w.grad = torch.randn_like(w)
+    norm = (1 - 0.9 ** (2 if nesterov else 1)) * g.norm()  # of the direction that is normalised
+    before = w.detach() * (1 - 0.1 * 0.2)
+    opt.step()
+    torch.testing.assert_close((before - w.detach()) * norm, p(g), rtol=1e-10, atol=1e-14)
+
+
+def test_adamws_numbers_are_bit_for_bit_the_stated_operations():
+    """The order of operations is part of every run's record."""
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(4, 3))
+    opt = torch.optim.AdamW([w], lr=1e-3, betas=(0.8, 0.95), eps=1e-8)
+    for _ in range(3):
+        w.grad = torch.randn_like(w)
+        opt.step()
+    p = preconditioners(opt, {"w": w})["w"]
+    assert p.scale == 1e-3 * (1 - 0.8) / (1 - 0.8**4)
+    assert torch.equal(p.diagonal, 1 / ((opt.state[w]["exp_avg_sq"] / (1 - 0.95**3)).sqrt() + 1e-8))
 
 
 def test_sgd_is_the_identity_and_no_state_is_a_multiple_of_it():
@@ -56,6 +168,15 @@ def test_sgd_is_the_identity_and_no_state_is_a_multiple_of_it():
     assert torch.equal(preconditioners(torch.optim.SGD([w], lr=0.5), {"w": w})["w"](g), g)
     fresh = preconditioners(torch.optim.AdamW([w], lr=0.5), {"w": w})["w"]
     torch.testing.assert_close(fresh(g), 0.5 * g)
+
+
+def test_a_state_before_its_first_step_is_no_state():
+    """Loaders make such states: zeros with step = 0, whose v_hat would be 0 / 0."""
+    w = torch.nn.Parameter(torch.randn(3, 2))
+    opt = torch.optim.AdamW([w], lr=0.5)
+    opt.state[w] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+    g = torch.randn(3, 2)
+    assert torch.equal(preconditioners(opt, {"w": w})["w"](g), 0.5 * g)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "muon"])
@@ -81,6 +202,9 @@ def test_what_has_no_preconditioner_is_refused_by_name():
         preconditioners(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), {"w": w})
     with pytest.raises(ValueError, match="amsgrad"):
         preconditioners(torch.optim.AdamW([w], amsgrad=True), {"w": w})
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        with pytest.raises(ValueError, match="group of w has maximize=True"):
+            preconditioners(kind([w], maximize=True), {"w": w})
     opt = torch.optim.Muon([w])
     w.grad = torch.ones_like(w)
     opt.step()
