@@ -7,11 +7,12 @@ from typing import Any
 from opus_bench.corpus import Corpus
 from opus_bench.selector import Opus, Selector
 
+from .greats import Greats
 from .perplexity import Perplexity
 from .quality import StaticQuality, classifier_scores
 from .random import Random
 
-NAMES = ("random", "perplexity", "quality", "opus")
+NAMES = ("random", "perplexity", "greats", "quality", "opus")
 
 
 def build_selector(name: str, options: dict[str, Any], corpus: Corpus, length: int) -> Selector:
@@ -27,6 +28,8 @@ def build_selector(name: str, options: dict[str, Any], corpus: Corpus, length: i
             return Random(**options)
         if name == "perplexity":
             return Perplexity(**options)
+        if name == "greats":
+            return Greats(**options)
         if name == "quality":
             scores, seconds = classifier_scores(corpus, length)
             return StaticQuality(scores, scoring_s=seconds, **options)

@@ -44,12 +44,13 @@ LINES = (
     (r"^(?=.*(ppl|perplex))(?!.*(mid|low))", "#e69f00", (), 1.4),
     (r"^(?=.*(ppl|perplex)).*mid", "#e69f00", (5, 2), 1.4),
     (r"^(?=.*(ppl|perplex)).*low", "#e69f00", (1.5, 1.5), 1.4),
+    (r"^greats", "#d55e00", (), 1.4),
     (r"static|quality", "#009e73", (), 1.4),
     (r"opus.*paper", "#cc79a7", (), 1.6),
     (r"opus.*released", "#56b4e9", (), 2.2),
     (r"opus.*calibrated", "#0072b2", (), 2.4),
 )
-OTHER_COLOURS = ("#d55e00", "#7f7f7f", "#8c6d1f", "#5e3c99")
+OTHER_COLOURS = ("#7f7f7f", "#8c6d1f", "#5e3c99")
 BASE = "Random"
 LEVELS = (-3, -2, -1, -0.5, -0.25, 0.25, 0.5, 1, 2, 3)
 

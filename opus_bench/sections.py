@@ -21,6 +21,7 @@ METHODS = (
     (r"^(?=.*(ppl|perplex))(?!.*(mid|low))", "PPL"),
     (r"^(?=.*(ppl|perplex)).*mid", None),
     (r"^(?=.*(ppl|perplex)).*low", None),
+    (r"^greats", "GREATS"),
     (r"static|quality", "DCLM-FastText"),
     (r"opus.*paper", "OPUS"),
     (r"opus.*released", "OPUS"),
