@@ -1,6 +1,6 @@
 """Replayable streams over a corpus: candidates to choose from, and the proxy they are scored against.
 
-Both are pure functions of (corpus, arguments, step): nothing is consumed, so a resumed run needs
+All are pure functions of (corpus, arguments, step): nothing is consumed, so a resumed run needs
 only its step, and every method compared under one seed sees the same candidates in the same order.
 
     i, j    a domain; a position in the stream, counted over all steps
@@ -177,6 +177,55 @@ class ProxyStream:
             raise CorpusError(f"step is {step}; steps count from 0")
         rows = domain_rng(self.seed, "proxy", step).choice(self.available, size=self.size, replace=False)
         return self._sequences[torch.from_numpy(rows)]
+
+
+class PoolProxyStream:
+    """Proxy batches of the training mixture itself: held-out text of every domain, by the pool's shares.
+
+    A standard proxy, beside which one matched to the benchmark can be put.  Every sequence's domain is
+    drawn by the shares of the spec, the sequence from text that is held out of the pool: for the target
+    its proxy split, for every other domain its validation split.  The target's validation split, on
+    which losses are measured, and evaluation splits, which are for reported numbers, are never used.
+    Within a batch no sequence comes twice before all of its domain were taken.
+
+    Args:
+        corpus: an opened corpus.
+        length: tokens in a sequence.
+        size: sequences in a batch.
+        seed: at least 0.
+
+    Raises:
+        CorpusError: if a domain has no held-out sequence of this length, or an argument is out of range.
+    """
+
+    def __init__(self, corpus: Corpus, length: int, size: int, seed: int):
+        positive(length=length, size=size)
+        seed_in_range(seed)
+        self.length, self.size, self.seed = length, size, seed
+        shares = dict(corpus.spec.shares)
+        self.domains = corpus.domains
+        self.shares = np.array([shares[domain] for domain in self.domains])
+        self._sequences = [
+            corpus.sequences("proxy" if domain == corpus.spec.target else "validation", domain, length)
+            for domain in self.domains
+        ]
+
+    def proxy(self, step: int) -> Tensor:
+        """LongTensor (size, length): the proxy batch of a step, counted from 0."""
+        if step < 0:
+            raise CorpusError(f"step is {step}; steps count from 0")
+        rng = domain_rng(self.seed, "pool proxy", step)
+        drawn = rng.choice(len(self.domains), size=self.size, p=self.shares)
+        batch = torch.empty(self.size, self.length, dtype=torch.long)
+        for i, held_out in enumerate(self._sequences):
+            at = np.flatnonzero(drawn == i)
+            rows = rng.permutation(len(held_out))[np.arange(len(at)) % len(held_out)]
+            batch[torch.from_numpy(at)] = held_out[torch.from_numpy(rows)]
+        return batch
+
+
+PROXIES = {"target": ProxyStream, "pool": PoolProxyStream}
+"""Where a run's proxy comes from, by the name in its config."""
 
 
 def sequence_count(corpus: Corpus, split: str, domain: str, length: int) -> int:

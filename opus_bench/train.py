@@ -27,7 +27,7 @@ from .corpus import Corpus
 from .gradients import sample_losses
 from .model import SIZES, OpusGPT2, OpusGPT2Config
 from .selector import Selector, TrainState
-from .stream import CandidateStream, ProxyStream
+from .stream import PROXIES, CandidateStream
 
 STEP_DIAGNOSTICS = ("effective_sample_size", "total_variation", "utility_std")
 
@@ -53,6 +53,7 @@ class RunConfig:
     buffer: int = 16  # candidate sequences per step, N
     selection_ratio: float = 0.5  # chosen / candidates, rho [paper]
     proxy_size: int = 8  # proxy sequences per step [paper], refreshed every step
+    proxy: str = "target"  # text of the target's proxy split, or "pool": held-out text of the mixture itself
     seed: int = 0  # of weights, data order, proxy order and sampling
     evaluations: int = 12  # points of the validation curve after step 0
     validation_sequences: int = 32  # of the target domain, ``length`` tokens each
@@ -67,6 +68,8 @@ class RunConfig:
                              "selects nothing; raise either")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
+        if self.proxy not in PROXIES:
+            raise ValueError(f"proxy must be {' or '.join(PROXIES)}, got {self.proxy!r}")
         if self.model not in SIZES:
             raise ValueError(f"unknown model size {self.model!r}; known: {', '.join(SIZES)}")
         if self.length > SIZES[self.model][3]:
@@ -221,7 +224,7 @@ def train(
     optimizers = build_optimizers(model, config)
     generator = torch.Generator().manual_seed(config.seed)
     stream = CandidateStream(corpus, config.length, config.buffer, config.seed)
-    proxy = ProxyStream(corpus, config.length, config.proxy_size, config.seed)
+    proxy = PROXIES[config.proxy](corpus, config.length, config.proxy_size, config.seed)
     target = corpus.spec.target
     held_out = corpus.sequences("validation", target, config.length, config.validation_sequences)
     points = {round(config.steps * i / config.evaluations) for i in range(1, config.evaluations + 1)}

@@ -23,7 +23,7 @@ from opus_bench.corpus import Corpus, CorpusSpec, build_corpus
 from opus_bench.corpus_build import split_documents
 from opus_bench.sources import QUALITY, Document, catalogue_entries, clean, corrupt, read_documents
 from opus_bench.splits import Shingles, near_duplicates, split_of
-from opus_bench.stream import CandidateStream, ProxyStream
+from opus_bench.stream import CandidateStream, PoolProxyStream, ProxyStream
 from fake_corpus import SPEC, prose
 
 FIVE_SIGMA = 5.0
@@ -434,6 +434,56 @@ def test_the_proxy_is_target_text_without_repeats_and_a_pure_function(corpus):
     assert not torch.equal(ProxyStream(corpus, 16, 10, seed=2).proxy(4), batch)
 
 
+def rows_of(sequences):
+    return {tuple(row) for row in sequences.tolist()}
+
+
+def held_out(corpus, length):
+    """The sequences that a proxy of the mixture may hold, by domain."""
+    split = {domain: "validation" for domain in corpus.domains} | {corpus.spec.target: "proxy"}
+    return {domain: rows_of(corpus.sequences(split[domain], domain, length)) for domain in corpus.domains}
+
+
+def test_the_pools_proxy_is_held_out_text_in_the_pools_shares(corpus, steps=400, size=10):
+    stream, allowed = PoolProxyStream(corpus, 24, size, seed=0), held_out(corpus, 24)
+    counts, seen = Counter(), set()
+    for step in range(steps):
+        batch = stream.proxy(step)
+        assert batch.shape == (size, 24) and batch.dtype == torch.long
+        domains = [[d for d in corpus.domains if tuple(row) in allowed[d]] for row in batch.tolist()]
+        assert all(len(found) == 1 for found in domains)
+        counts.update(found[0] for found in domains)
+        seen |= rows_of(batch)
+    for domain, share in SPEC.shares:
+        assert abs(counts[domain] / (steps * size) - share) < FIVE_SIGMA * math.sqrt(share * (1 - share) / steps / size)
+    target = corpus.spec.target
+    never = [("validation", target), *((split, d) for d in corpus.domains for split in ("train", "evaluation"))]
+    assert all(seen.isdisjoint(rows_of(corpus.sequences(*shard, 24))) for shard in never)
+
+
+def test_the_pools_proxy_is_a_pure_function_of_seed_and_step(corpus):
+    stream = PoolProxyStream(corpus, 16, 10, seed=1)
+    batches = [stream.proxy(step) for step in range(5)]
+    fresh = PoolProxyStream(corpus, 16, 10, seed=1)
+    assert all(torch.equal(fresh.proxy(step), batches[step]) for step in (4, 0, 2))
+    assert not torch.equal(batches[0], batches[1])
+    assert not torch.equal(PoolProxyStream(corpus, 16, 10, seed=2).proxy(0), batches[0])
+
+
+def test_the_pools_proxy_repeats_nothing_before_a_domain_is_used_up(corpus):
+    allowed = held_out(corpus, 16)
+    sizes = {domain: len(rows) for domain, rows in allowed.items()}
+    size = 4 * sum(sizes.values())
+    rows = [tuple(row) for row in PoolProxyStream(corpus, 16, size, seed=0).proxy(0).tolist()]
+    used_up = 0
+    for domain, share in SPEC.shares:
+        counts = Counter(row for row in rows if row in allowed[domain])
+        taken = sum(counts.values())
+        assert {*counts.values()} <= {taken // sizes[domain], -(-taken // sizes[domain])}
+        used_up += taken > sizes[domain]
+    assert used_up
+
+
 @pytest.mark.parametrize(
     "build,message",
     [
@@ -446,6 +496,10 @@ def test_the_proxy_is_target_text_without_repeats_and_a_pure_function(corpus):
         (lambda c: ProxyStream(c, 16, 0, 0), "size is 0"),
         (lambda c: ProxyStream(c, 16, 10**6, 0), "proxy of 1000000 sequences"),
         (lambda c: ProxyStream(c, 16, 4, 0).proxy(-2), "step is -2"),
+        (lambda c: PoolProxyStream(c, 16, 0, 0), "size is 0"),
+        (lambda c: PoolProxyStream(c, 16, 4, -1), "seed is -1"),
+        (lambda c: PoolProxyStream(c, 16, 4, 0).proxy(-2), "step is -2"),
+        (lambda c: PoolProxyStream(c, 10**6, 4, 0), "1000000 tokens does not fit"),
     ],
 )
 def test_a_stream_that_cannot_run_is_refused(corpus, build, message):
@@ -459,5 +513,6 @@ def test_streams_leave_every_global_generator_alone(corpus):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     CandidateStream(corpus, 16, 8, 0).candidates(2)
     ProxyStream(corpus, 16, 4, 0).proxy(2)
+    PoolProxyStream(corpus, 16, 4, 0).proxy(2)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002

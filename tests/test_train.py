@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from baselines import NAMES, build_selector
+from baselines.random import Random
 from opus_bench.model import OpusGPT2, OpusGPT2Config
 from opus_bench.selector import ARMS
-from opus_bench.stream import CandidateStream
+from opus_bench.stream import CandidateStream, PoolProxyStream, ProxyStream
 from opus_bench.train import (RunConfig, build_optimizers, muon_momentum, rate_factor, set_schedule, train,
                               update, weights_sha256)
 
 SIZES = dict(model="ci", steps=6, length=24, buffer=6, proxy_size=3, evaluations=3, validation_sequences=4,
              checkpoint_every=2, adam_lr=0.01)
-METHODS = [("random", {}), ("perplexity", {"window": 12}), ("quality", {}),
+METHODS = [("random", {}), ("perplexity", {"window": 12}), ("greats", {"window": 12}), ("quality", {}),
            *(("opus", {"arm": arm, "window": 12, "sketch_width": 64}) for arm in ARMS)]
 
 
@@ -45,6 +46,32 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_uninterrupted_run(corpus, tmp
         torch.manual_seed(99)  # what other work left behind must not matter
         assert path.exists() == (stop >= 2)
         assert run(corpus, config, path) == want
+
+
+@pytest.mark.parametrize("name,stream", [("target", ProxyStream), ("pool", PoolProxyStream)])
+def test_every_step_is_scored_against_the_proxy_that_the_config_names(corpus, name, stream):
+    config, seen = RunConfig("random", proxy=name, seed=2, **SIZES), []
+
+    class Watching(Random):
+        def select(self, candidates, size, state, generator):
+            seen.append(state.proxy)
+            return super().select(candidates, size, state, generator)
+
+    train(config, corpus, Watching())
+    want = stream(corpus, config.length, config.proxy_size, config.seed)
+    assert len(seen) == config.steps
+    assert all(torch.equal(batch, want.proxy(step)) for step, batch in enumerate(seen))
+
+
+def test_a_run_with_the_pools_proxy_is_resumed_and_differs_from_the_targets(corpus, tmp_path):
+    options = {"arm": "calibrated", "window": 12, "proxy_every": 4}
+    config = RunConfig("opus", options, proxy="pool", seed=3, **SIZES)
+    want = run(corpus, config)
+    with pytest.raises(Stopped):
+        run(corpus, config, tmp_path / "checkpoint.pt", stop_after=3)
+    assert run(corpus, config, tmp_path / "checkpoint.pt") == want
+    assert RunConfig("random", **SIZES).proxy == "target"
+    assert run(corpus, dataclasses.replace(config, proxy="target"))[2] != want[2]
 
 
 def plain_training(corpus, config):
@@ -121,6 +148,7 @@ def test_the_schedule_reaches_the_optimizers(corpus):
     ({"selection_ratio": 0.01}, "selects nothing"),
     ({"length": 4096}, "length 4096 is longer than the 128 tokens of model 'ci'"),
     ({"optimizer": "lion"}, "optimizer must be adamw or muon, got 'lion'"),
+    ({"proxy": "benchmark"}, "proxy must be target or pool, got 'benchmark'"),
     ({"model": "huge"}, "unknown model size 'huge'"),
     ({"steps": 0}, "steps must be at least 1, got 0"),
 ])
