@@ -182,7 +182,7 @@ class Measurement:
             "final": {"weights_sha256": None},
         }
         schema.validate(record)  # before it goes through JSON, which would hide what it cannot hold
-        return json.loads(schema.canonical(record))  # as it is read back: lists for tuples
+        return json.loads(json.dumps(record))  # as it is read back: lists for tuples
 
 
 @functools.lru_cache
@@ -191,7 +191,10 @@ def _code_version(module: str) -> str:
     version = provenance.code_version(validation=True)
     if module.partition(".")[0] == "opus_bench":
         return version
-    found = importlib.util.find_spec(module)
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a package above it
+        found = None
     if found is None or not found.origin:
         raise ValueError(f"no module {module!r} to measure with")
     path = Path(found.origin)
@@ -227,8 +230,8 @@ def page(experiment: str, title: str, command: str, parts: list[str], records: S
     if not records:
         raise RecordError(f"no records of {experiment}; make them with `{command}`")
     scales = sorted({r["scale"] for r in records})
-    head = (f"Made by `{command}` from {len(records)} run{'s' if len(records) > 1 else ''} (below); "
-            f"{'; '.join(NOTES[scale] for scale in scales)}.")
+    head = (f"Made by `{command}` from {len(records)} run{'s' if len(records) > 1 else ''}, listed below; "
+            f"{'; '.join(NOTES.get(scale, f'{scale} scale') for scale in scales)}.")
     deviations = list(dict.fromkeys(text for r in records for text in r["deviations"]))
     rows = [[r["scale"], r["method"], str(r["config"]["seed"]), f"{r['timing']['wall_s'] / 60:.1f}",
              r["code"]["version"][:12], f"[{r['run_id']}](../runs/{r['run_id']}.json)"] for r in records]

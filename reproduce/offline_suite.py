@@ -18,8 +18,9 @@ from opus_bench.results import load
 from opus_bench.tables import markdown
 from opus_bench.train import RunConfig
 
-from .runner import Run, main
+from .runner import main
 from .scales import SCALES
+from .training import Run
 
 EXPERIMENT = "offline_suite"
 STEPS = {"ci": (1, 24), "smoke": (1, 280, 1000, 2500)}

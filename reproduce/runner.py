@@ -1,70 +1,56 @@
 """Runs a list of runs: plans, skips what is done, works in parallel, resumes, reports.
 
-A run is done when its record exists.  An unfinished one goes on from its checkpoint.  Each worker
-is a process of its own with one thread of torch, so numbers do not depend on how many there are.
+A run is done when its record exists.  An unfinished one goes on from its checkpoint, or begins again
+if it keeps none.  Each worker is a process of its own with one thread of torch, so numbers do not
+depend on how many there are.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import multiprocessing
 import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from opus_bench import provenance, results, schema
+from opus_bench import results
 from opus_bench.corpus import Corpus, build_corpus
 from opus_bench.train import RunConfig
 
-from .scales import SCALES, Scale
+from .scales import SCALES
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE_SEED = 0
-PRELOADED = ["baselines", "opus_bench.train", "opus_bench.evaluate", "lm_eval.models.huggingface"]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of an experiment: a row of its table, with a seed."""
+class Job(Protocol):
+    """What the runner knows of a run: `training.Run` and `measurement.Measurement` have all of it."""
 
-    experiment: str  # reproduce/<experiment>.py
-    item: str  # the paper's table or figure
-    method: str  # row of our table
-    paper_row: str | None  # row of the paper's, if it has one
-    arm: str | None  # paper, released or calibrated, for OPUS
-    config: RunConfig
     scale: str
-    deviations: tuple[str, ...] = ()  # from the paper's setting
-    paper_tasks: bool = False  # evaluate the paper's tasks too (needs a hub)
+    config: RunConfig
+    run_id: str  # name of the record, which says that the run is done
+    label: str  # row of the table
+    units: int  # length in the progress bar
+    amount: int  # what the plan counts, in ``unit``
+    unit: str
+    preloaded: tuple[str, ...]  # modules imported once for all workers
 
-    @property
-    def label(self) -> str:
-        """The method with its arm."""
-        return self.method if self.arm is None else f"{self.method} ({self.arm})"
+    def describe(self) -> str:
+        """The run in the plan, without its id."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that determines the numbers but data and code, as plain values."""
-        scale = SCALES[self.scale]
-        settings = dataclasses.asdict(self.config)
-        settings["betas"] = list(self.config.betas)
-        settings["window"] = self.config.selector_options.get("window")
-        settings["suite_size"], settings["suite_seed"] = scale.suite_size, SUITE_SEED
-        settings["paper_tasks"] = self.paper_tasks
-        return settings
+    def cost(self, records: Sequence[dict]) -> float | None:
+        """Seconds that the run will take by these records, None if they do not say."""
 
-    @property
-    def run_id(self) -> str:
-        """Identity of the run: the name of its record."""
-        spec = SCALES[self.scale].corpus.sha256
-        return schema.run_id(self.experiment, self.settings, spec, provenance.code_version())
+    def prepare(self, corpus: Corpus) -> None:
+        """Build, once and cached, what workers share."""
+
+    def execute(self, results_dir: Path, on_progress: Callable[[int], None]) -> dict:
+        """Make the record, or return it if it is there."""
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -73,19 +59,19 @@ def arguments(description: str) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", choices=list(SCALES), default="smoke",
-                        help="size of the runs (default: smoke, about 17 minutes on 2 cores)")
+                        help="size of the runs (default: smoke); how long each takes is said above")
     parser.add_argument("--results", type=Path, default=None,
                         help="folder for records, tables and figures "
                              "(default: results, or results/<scale> for other scales than smoke)")
-    parser.add_argument("--seeds", type=int, default=None, help="seeds per method (default: the scale's)")
+    parser.add_argument("--seeds", type=int, default=None, help="number of seeds (default: the script's for the scale)")
     parser.add_argument("--methods", nargs="+", default=None, metavar="NAME",
-                        help="only these rows of the table (default: all)")
+                        help="only these rows of a table of methods (default: all)")
     parser.add_argument("--optimizers", nargs="+", default=None, choices=("adamw", "muon"),
-                        help="default: adamw")
+                        help="default: adamw where methods are compared, both where something is measured")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1),
                         help="processes side by side, one core each (default: %(default)s)")
     parser.add_argument("--paper-tasks", action="store_true",
-                        help="evaluate the paper's own tasks as well; needs a hub and hours")
+                        help="training runs: evaluate the paper's own tasks as well; needs a hub and hours")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and their cost, and stop")
     options = parser.parse_args()
     if options.workers < 1:
@@ -97,7 +83,7 @@ def arguments(description: str) -> argparse.Namespace:
     return options
 
 
-def choose(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
+def choose(runs: Sequence[Job], options: argparse.Namespace) -> list[Job]:
     """The runs that the options ask for."""
     known = list(dict.fromkeys(run.label for run in runs))
     for name in options.methods or []:
@@ -109,7 +95,7 @@ def choose(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
 Write = Callable[[Path], Sequence[Path]]
 
 
-def main(make_runs: Callable[[argparse.Namespace], list[Run]], description: str, write: Write) -> int:
+def main(make_runs: Callable[[argparse.Namespace], Sequence[Job]], description: str, write: Write) -> int:
     """Entry point of a script: exit code 0, 2 after one line about bad input, 130 on ctrl-C.
 
     ``write`` turns a results folder into the script's tables and figures and returns their paths.
@@ -121,11 +107,11 @@ def main(make_runs: Callable[[argparse.Namespace], list[Run]], description: str,
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing is lost, the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted: what is done is kept, the same command goes on from here", file=sys.stderr)
         return 130
 
 
-def run_grid(runs: list[Run], options: argparse.Namespace, write: Write) -> int:
+def run_grid(runs: list[Job], options: argparse.Namespace, write: Write) -> int:
     """Print the plan, execute what is not done, write tables and figures."""
     scale = SCALES[options.scale]
     records = options.results / "runs"
@@ -139,7 +125,8 @@ def run_grid(runs: list[Run], options: argparse.Namespace, write: Write) -> int:
     if todo:
         started = time.perf_counter()
         corpus = build_corpus(scale.corpus)
-        _suite(corpus, scale)  # built once, before workers need it
+        for run in todo:
+            run.prepare(corpus)
         peak = _work(todo, options)
         print(f"{len(todo)} runs in {(time.perf_counter() - started) / 60:.1f} min; "
               f"peak memory of all processes {peak / 1e9:.1f} GB")
@@ -148,43 +135,35 @@ def run_grid(runs: list[Run], options: argparse.Namespace, write: Write) -> int:
     return 0
 
 
-def _print_plan(runs: list[Run], done: set[str], records: list[dict], workers: int) -> None:
-    tokens = 0
+def _print_plan(runs: list[Job], done: set[str], records: list[dict], workers: int) -> None:
+    left = Counter()
     for run in runs:
-        c = run.config
         state = "done" if run.run_id in done else "to do"
-        tokens += 0 if state == "done" else c.update_tokens
-        print(f"  {run.run_id}  {state:5}  {run.label:18} {c.optimizer:6} seed {c.seed}  "
-              f"{c.steps} steps x {c.selected_size} of {c.buffer} x {c.length} tokens")
+        left[run.unit] += 0 if state == "done" else run.amount
+        print(f"  {run.run_id}  {state:5}  {run.describe()}")
     todo = [run for run in runs if run.run_id not in done]
-    print(f"{len(runs)} runs, {len(done)} done, {tokens:,} update tokens to go{_estimate(todo, records, workers)}")
+    to_go = ", ".join(f"{amount:,} {unit} to go" for unit, amount in left.items())
+    print(f"{len(runs)} runs, {len(done)} done, {to_go}{_estimate(todo, records, workers)}")
 
 
-def _estimate(todo: list[Run], records: list[dict], workers: int) -> str:
-    """What the records at hand say that the rest will take: seconds per step and per evaluation."""
-    seconds = 0.0
-    for run in todo:
-        like = [r for r in records if r["scale"] == run.scale]
-        like = [r for r in like if (r["method"], r["arm"]) == (run.method, run.arm)] or like
-        if not like:
-            return "; no record here says how long they take"
-        each = [run.config.steps * (r["timing"]["wall_s"] - r["timing"]["eval_s"]) / r["config"]["steps"]
-                + r["timing"]["eval_s"] for r in like]
-        seconds += sum(each) / len(each)
-    return f"; about {seconds / workers / 60:.0f} min going by the records here" if todo else ""
+def _estimate(todo: list[Job], records: list[dict], workers: int) -> str:
+    """What the records at hand say that the rest will take."""
+    seconds = [run.cost(records) for run in todo]
+    if None in seconds:
+        return "; no record here says how long they take"
+    return f"; about {sum(seconds) / workers / 60:.0f} min going by the records here" if todo else ""
 
 
-def _work(todo: list[Run], options: argparse.Namespace) -> int:
+def _work(todo: list[Job], options: argparse.Namespace) -> int:
     """Execute runs in worker processes with one progress bar; returns the peak of their memory."""
     from tqdm import tqdm
 
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when a worker starts
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("forkserver")  # imports once, then a fresh process a run
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(list(dict.fromkeys(module for run in todo for module in run.preloaded)))
     queue = context.SimpleQueue()
-    units = {run.run_id: run.config.steps + evaluation_units(run.config) for run in todo}
-    bar = tqdm(total=sum(units.values()), unit="step", desc="runs", smoothing=0.05, mininterval=1)
+    bar = tqdm(total=sum(run.units for run in todo), unit="step", desc="runs", smoothing=0.05, mininterval=1)
     seen: dict[str, int] = {}
     memory = _Memory()
 
@@ -258,101 +237,10 @@ def _start_worker(queue) -> None:
     _worker.update(queue=queue)
 
 
-def _execute_in_worker(run: Run, results_dir: Path) -> None:
+def _execute_in_worker(run: Job, results_dir: Path) -> None:
     def on_progress(done: int) -> None:
         if not multiprocessing.parent_process().is_alive():
             os._exit(1)  # killed: leave the run to whoever resumes it
         _worker["queue"].put((run.run_id, done))
 
-    execute(run, results_dir, on_progress)
-
-
-def evaluation_units(config: RunConfig) -> int:
-    """What the final evaluation counts for in the progress bar, in steps."""
-    return max(1, config.steps // 5)
-
-
-def _suite(corpus: Corpus, scale: Scale):
-    from opus_bench.suite import write_suite
-
-    target = corpus.spec.target
-    directory = corpus.directory.parent / f"suite-{corpus.spec.sha256[:12]}-{scale.suite_size}-{SUITE_SEED}"
-    return write_suite(
-        directory,
-        documents=corpus.documents("evaluation", target),
-        reference_texts=corpus.documents("train", target),
-        bpb_documents={d: corpus.documents("evaluation", d) for d in corpus.domains},
-        size=scale.suite_size,
-        seed=SUITE_SEED,
-    )
-
-
-def execute(run: Run, results_dir: Path, on_progress: Callable[[int], None] = lambda done: None) -> dict:
-    """Make one record, or return it if it is there.  Two processes never work on the same run."""
-    from filelock import FileLock
-
-    from baselines import build_selector
-    from opus_bench.evaluate import evaluate
-    from opus_bench.paper_suite import PAPER_TASKS, evaluate_paper_suite, hub_problem
-    from opus_bench.train import train, weights_sha256
-
-    scale, config = SCALES[run.scale], run.config
-    work = results_dir / "work" / run.run_id
-    work.mkdir(parents=True, exist_ok=True)
-    record_path = results.record_path(results_dir / "runs", run.run_id)
-    checkpoint = work / "checkpoint.pt"
-    with FileLock(work / "lock"):
-        if record_path.exists():
-            return results.read(record_path)
-        corpus = build_corpus(scale.corpus, progress=False)
-        suite = _suite(corpus, scale)
-        selector = build_selector(config.selector, dict(config.selector_options), corpus, config.length)
-        model, progress = train(config, corpus, selector, checkpoint, on_progress)
-        with progress.clock("eval_s"):
-            rows = evaluate(model, corpus.tokenizer(), suite)
-            if run.paper_tasks:
-                rows += evaluate_paper_suite(model, corpus.tokenizer())
-            else:
-                reason = "no hub" if hub_problem() else "--paper-tasks not given"
-                rows += [{"task": task.name, "status": f"not run: {reason}"} for task in PAPER_TASKS]
-        selection = {"offered": progress.offered, "chosen": progress.chosen,
-                     "per_step": progress.per_step, "notes": []}
-        record = {
-            "schema": schema.SCHEMA,
-            "run_id": run.run_id,
-            "experiment": run.experiment,
-            "scale": run.scale,
-            "arm": run.arm,
-            "method": run.method,
-            "paper": {"arxiv": schema.ARXIV, "item": run.item, "row": run.paper_row},
-            "config": run.settings,
-            "deviations": list(run.deviations),
-            "data": {
-                "spec_sha256": corpus.spec.sha256,
-                "train_sha256": corpus.train_sha256,
-                "proxy_sha256": corpus.proxy_sha256,
-                "tokenizer_sha256": corpus.manifest["files"]["tokenizer.json"],
-                "suite_sha256": suite.sha256,
-                "selected_sha256": progress.selected_sha256,
-                "target_domain": corpus.spec.target,
-            },
-            "code": {"version": provenance.code_version(), **provenance.git_state()},
-            "environment": provenance.environment(),
-            "timing": {
-                "wall_s": progress.train_s + progress.select_s + progress.eval_s,
-                "train_s": progress.train_s,
-                "select_s": progress.select_s,
-                "eval_s": progress.eval_s,
-                "peak_bytes": progress.peak_bytes,
-                # a static score of the whole pool, made once for all seeds; not part of select_s
-                "static_scoring_s": getattr(selector, "scoring_s", 0.0),
-            },
-            "metrics": progress.metrics,
-            "evals": rows,
-            "selection": selection,
-            "final": {"weights_sha256": weights_sha256(model)},
-        }
-        results.write(record, results_dir / "runs")
-        checkpoint.unlink(missing_ok=True)
-    on_progress(config.steps + evaluation_units(config))
-    return record
+    run.execute(results_dir, on_progress)

@@ -17,8 +17,9 @@ from pathlib import Path
 from opus_bench.report import report
 from opus_bench.train import RunConfig
 
-from .runner import Run, main
+from .runner import main
 from .scales import SCALES
+from .training import Run
 
 
 DEVIATIONS = {
