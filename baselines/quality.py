@@ -14,13 +14,17 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import SGDClassifier
+from torch import Tensor
 
 from opus_bench.corpus import Corpus
 from opus_bench.sampling import check_size
@@ -44,30 +48,42 @@ def classifier_scores(
         with np.load(path, allow_pickle=False) as saved:
             return saved["scores"], float(saved["seconds"])
     started = time.perf_counter()
-    tokenizer = corpus.tokenizer()
-    target = corpus.sequences("proxy", corpus.spec.target, length)
-    vectorizer = HashingVectorizer(ngram_range=(1, 2), n_features=2**18, alternate_sign=False)
-
-    def features(tokens: torch.Tensor):
-        return vectorizer.transform(tokenizer.batch_decode(tokens))
-
-    pool = list(CandidateStream(corpus, length, 1, 0).pool())
-    ids = torch.cat([batch.ids for batch in pool])
-    tokens = torch.cat([batch.tokens for batch in pool])
-    drawn = np.random.default_rng(0).permutation(len(ids))[:negatives].copy()
-    x = features(torch.cat([target, tokens[drawn]]))
-    y = np.r_[np.ones(len(target)), np.zeros(len(drawn))]
-    classifier = SGDClassifier(loss="log_loss", class_weight="balanced", alpha=1e-5, random_state=0)
-    classifier.fit(x, y)
+    ids, tokens = _pool(corpus, length)
+    score = target_classifier(corpus, length, negatives)
     scores = np.full(int(ids.max()) + 1, -np.inf, dtype=np.float32)
     for start in range(0, len(ids), 4096):
         part = slice(start, start + 4096)
-        scores[ids[part].numpy()] = classifier.decision_function(features(tokens[part]))
+        scores[ids[part].numpy()] = score(tokens[part])
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         np.savez(file, scores=scores, seconds=time.perf_counter() - started)
     os.replace(temporary, path)
     return classifier_scores(corpus, length, negatives)
+
+
+def target_classifier(
+    corpus: Corpus, length: int, negatives: int = 4000
+) -> Callable[[Int[Tensor, "n t"]], np.ndarray]:
+    """The classifier, trained: log-odds (n,) of being target text for any token sequences; deterministic."""
+    tokenizer = corpus.tokenizer()
+    vectorizer = HashingVectorizer(ngram_range=(1, 2), n_features=2**18, alternate_sign=False)
+
+    def features(tokens: Tensor) -> csr_matrix:
+        return vectorizer.transform(tokenizer.batch_decode(tokens))
+
+    target = corpus.sequences("proxy", corpus.spec.target, length)
+    ids, tokens = _pool(corpus, length)
+    drawn = np.random.default_rng(0).permutation(len(ids))[:negatives].copy()
+    x = features(torch.cat([target, tokens[drawn]]))
+    y = np.r_[np.ones(len(target)), np.zeros(len(drawn))]
+    classifier = SGDClassifier(loss="log_loss", class_weight="balanced", alpha=1e-5, random_state=0).fit(x, y)
+    return lambda tokens: classifier.decision_function(features(tokens))
+
+
+def _pool(corpus: Corpus, length: int) -> tuple[Int[Tensor, " n"], Int[Tensor, "n t"]]:
+    """Ids and tokens of all sequences that a selector may be offered."""
+    pool = list(CandidateStream(corpus, length, 1, 0).pool())
+    return torch.cat([batch.ids for batch in pool]), torch.cat([batch.tokens for batch in pool])
 
 
 @dataclass

@@ -19,7 +19,8 @@ from .gradients import Factors, PerSampleGradient
 
 CHUNK_ELEMENTS = 1 << 24  # elements of per-sample gradient that are held at once
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def outside_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -151,14 +151,15 @@ def capture(
         for parameter, factors in _factors(modules[call.layer], call, b):
             name = canonical[id(parameter)]
             uses.setdefault(name, []).append(factors)
-            shapes[name] = tuple(parameter.shape) if parameter.ndim == 2 else (parameter.numel(), 1)
+            shapes[name] = (parameter.shape[0], parameter.shape[1] if parameter.ndim == 2 else 1)
     return {name: PerSampleGradient(shapes[name], tuple(uses[name])) for name in uses}
 
 
 def _factors(module: nn.Module, call: _Call, b: Tensor) -> Iterator[tuple[nn.Parameter, Factors]]:
     """The module's trained parameters with the factors of this call (module legend)."""
     a = call.a if isinstance(module, nn.Embedding) else call.a.to(b.dtype)  # as autocast computed it
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight: Any = module.weight  # of a kind that layers.kind_of knows
+    bias: Any = getattr(module, "bias", None)
 
     def per_feature(x: Tensor) -> Factors:
         summed = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2).sum(1, keepdim=True)
@@ -249,14 +250,15 @@ def curvature(
     named = dict(model.named_parameters())
     parameters = [named[name] for name in direction]
     directions = [d.reshape(p.shape) for d, p in zip(direction.values(), parameters)]
-    norm = sum((d.double() ** 2).sum() for d in directions)
+    zero = torch.zeros((), dtype=torch.float64, device=directions[0].device)
+    norm = sum(((d.double() ** 2).sum() for d in directions), start=zero)
     if not norm > 0:
         raise ValueError("curvature along a zero direction is undefined")
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with scoring_mode(model), plain:
         loss = sample_losses(model, batch, label_shift).mean()
         grads = torch.autograd.grad(loss, parameters, create_graph=True)
-        slope = sum((g * d).sum() for g, d in zip(grads, directions))
+        slope = sum(((g * d).sum() for g, d in zip(grads, directions)), start=torch.zeros_like(loss))
         products = torch.autograd.grad(slope, parameters, allow_unused=True)
-    bend = sum((h.double() * d.double()).sum() for h, d in zip(products, directions) if h is not None)
+    bend = sum(((h.double() * d.double()).sum() for h, d in zip(products, directions) if h is not None), start=zero)
     return float((bend / norm).detach())

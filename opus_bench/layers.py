@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,8 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "blocks") -> lis
     """
     refuse_compiled(model)
     modules = dict(model.named_modules())
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = output_embeddings()
     kinds = {name: kind_of(module, head) for name, module in modules.items()}
     trained = {name for name, kind in kinds.items() if kind and _trainable(modules[name])}
     chosen: set[str] = set()

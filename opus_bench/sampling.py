@@ -92,7 +92,10 @@ def boltzmann_sample(
     draws = Draws()
     for _ in range(size):
         utility = marginal(draws.indices).double()[left]
-        tau = temperature if temperature is not None else temperature_for(utility, effective_share)
+        if temperature is not None:
+            tau = temperature
+        elif effective_share is not None:
+            tau = temperature_for(utility, effective_share)
         p = boltzmann_probabilities(utility, tau)
         draws.effective_share.append(effective_sample_size(p) / len(p))
         draws.total_variation.append(total_variation(p))

@@ -224,7 +224,7 @@ class PoolProxyStream:
         return batch
 
 
-PROXIES = {"target": ProxyStream, "pool": PoolProxyStream}
+PROXIES: dict[str, type[ProxyStream] | type[PoolProxyStream]] = {"target": ProxyStream, "pool": PoolProxyStream}
 """Where a run's proxy comes from, by the name in its config."""
 
 

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from .corpus import Corpus
 from .gradients import sample_losses
 from .model import SIZES, OpusGPT2, OpusGPT2Config
 from .selector import Selector, TrainState
-from .stream import PROXIES, CandidateStream
+from .stream import PROXIES, Batch, CandidateStream
 
 STEP_DIAGNOSTICS = ("effective_sample_size", "total_variation", "utility_std")
 
@@ -191,7 +191,7 @@ class Progress:
     )
 
     @contextmanager
-    def clock(self, name: str):
+    def clock(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
@@ -264,11 +264,12 @@ def train(
 def set_determinism(threads: int) -> None:
     """Deterministic kernels only, and this many threads, for the whole process."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 5 %
+    # a debugging aid that costs 5 %
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(threads)
 
 
-def _note_selection(progress: Progress, candidates, chosen, diagnostics: dict[str, Any]) -> None:
+def _note_selection(progress: Progress, candidates: Batch, chosen: Batch, diagnostics: dict[str, Any]) -> None:
     ids = chosen.ids.numpy().tobytes()
     progress.selected_sha256 = hashlib.sha256(progress.selected_sha256.encode() + ids).hexdigest()
     for total, batch in ((progress.offered, candidates), (progress.chosen, chosen)):

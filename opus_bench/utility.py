@@ -59,7 +59,7 @@ def exact_utility(
     Cost: alignment as one forward of the scored layers; the Gram O(n t o i + n^2 o i) flops and
         bounded memory.  ``redundancy_weights`` None skips the Gram.
     """
-    alignment, gram = 0.0, 0.0
+    alignment, gram = _nothing(candidates)
     for name, gradient in candidates.items():
         p = preconditioners[name]
         direction = p(proxy_gradient[name]) if directions is None else directions[name]  # P_t is symmetric
@@ -88,7 +88,7 @@ def sketched_utility(
     Cost: O(n t o i) flops to form the updates by chunks, O(n o i) to hash them; n * width numbers
         per weight are kept.  Every weight has its own hash, derived from ``seed`` and its name.
     """
-    alignment, gram = 0.0, 0.0
+    alignment, gram = _nothing(candidates)
     for name, gradient in candidates.items():
         layer_seed = seed + crc32(name.encode())
         features = sketch_gradients(gradient, preconditioners[name], width, layer_seed)
@@ -97,6 +97,15 @@ def sketched_utility(
         if redundancy_weights is not None:
             gram = gram + redundancy_weights[name] * (features @ features.T).double()
     return Utility(alignment.cpu(), None if redundancy_weights is None else gram.cpu())
+
+
+def _nothing(candidates: dict[str, PerSampleGradient]) -> tuple[Tensor, Tensor]:
+    """Alignment and Gram of no weight, in float64 where the factors are."""
+    if not candidates:
+        raise ValueError("no parameter to score")
+    like = next(iter(candidates.values())).uses[0].right
+    n = len(like)
+    return like.new_zeros(n, dtype=torch.float64), like.new_zeros(n, n, dtype=torch.float64)
 
 
 def check_utilities(utility: Float[Tensor, " n"], source: str) -> None:

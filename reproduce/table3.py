@@ -26,6 +26,7 @@ DEVIATIONS = {
     "released": ("selects every optimizer step; the released code once per rho N steps",),
     "calibrated": ("proxy of 32 sequences drawn every 8 steps instead of 8 every step; all weights scored",),
     "perplexity": ("loss of the score window instead of the whole sequence",),
+    "greats": ("greedy choice on the proxy batch and the score window of OPUS instead of validation data of its own",),
     "quality": ("classifier trained here on the proxy split instead of DCLM's published fastText model",),
 }
 
@@ -38,6 +39,7 @@ def methods(window: int, sketch_width: int) -> list[tuple[str, str | None, str |
         ("PPL (high)", "PPL", None, "perplexity", {"keep": "high", "window": window}),
         ("PPL (mid)", None, None, "perplexity", {"keep": "mid", "window": window}),
         ("PPL (low)", None, None, "perplexity", {"keep": "low", "window": window}),
+        ("GREATS", "GREATS", None, "greats", {"window": window}),
         ("Static quality", "DCLM-FastText", None, "quality", {}),
         ("OPUS", "OPUS", "paper", "opus", {"arm": "paper", **opus}),
         ("OPUS", "OPUS", "released", "opus", {"arm": "released", **opus}),
