@@ -1,6 +1,7 @@
 """Where a record's numbers come from: the code, the checkout and the machine.
 
     code_version()    the hash that enters run_id: edits of prose and of readers leave it as it is
+    measuring_version()  the same of a validation experiment: the core, its own file and what that imports
     git_state()       the commit, for people; it identifies nothing
     environment()     versions and machine
 """
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from opus_bench.schema import RecordError
+from opus_bench.schema import RecordError, text_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 UNHASHED = frozenset(
@@ -31,14 +32,57 @@ UNHASHED = frozenset(
 VALIDATION = "validation"
 """The folder whose modules make the numbers of validation experiments, and none of a training run."""
 
+@functools.lru_cache
+def code_version() -> str:
+    """`sources_sha256` of this checkout, hashed once per process."""
+    return sources_sha256(ROOT)
+
 
 @functools.lru_cache
-def code_version(validation: bool = False) -> str:
-    """`sources_sha256` of this checkout, hashed once per process."""
-    return sources_sha256(ROOT, validation=validation)
+def measuring_version(source: Path, root: Path = ROOT) -> str:
+    """Version of the code that makes the numbers of a validation experiment.
+
+    It is that of the core, of the experiment's ``source`` and of the modules of VALIDATION that the source
+    imports, directly or by way of one another; other experiments may change without moving it.
+    """
+    of_source = sources_sha256(source.parent, [source.name])
+    inside = sources_sha256(root, validation_imports(source, root))
+    return text_sha256(f"{sources_sha256(root)} {of_source} {inside}")
 
 
-def sources_sha256(root: str | Path, sources: Iterable[str] | None = None, validation: bool = False) -> str:
+def validation_imports(source: Path, root: Path = ROOT) -> list[str]:
+    """Modules of VALIDATION that a source imports, with what those import of it: sorted paths below root.
+
+    Raises:
+        RecordError: a source that is missing or is not Python.
+    """
+    folder = root / "opus_bench" / VALIDATION
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        path = left.pop()
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RecordError(f"{path}: cannot hash this source ({error})") from error
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                near = node.level == 1 and path.parent == folder
+                start = f"opus_bench.{VALIDATION}." * near + (node.module or "")
+                names = [start, *(f"{start.rstrip('.')}.{alias.name}" for alias in node.names)]
+            for name in names:
+                head, _, module = name.rpartition(".")
+                imported = folder / f"{module}.py"
+                if head == f"opus_bench.{VALIDATION}" and imported.exists() and imported not in found:
+                    found.add(imported)
+                    left.append(imported)
+    return sorted(path.relative_to(root).as_posix() for path in found)
+
+
+def sources_sha256(root: str | Path, sources: Iterable[str] | None = None) -> str:
     """sha256 of the code that determines numbers, unmoved by edits of prose.
 
     Blank lines, full-line comments, docstrings and trailing blanks do not count; a comment at the
@@ -49,8 +93,7 @@ def sources_sha256(root: str | Path, sources: Iterable[str] | None = None, valid
     Args:
         root: folder that holds `opus_bench/` and `baselines/`.
         sources: the files to hash, relative to root; by default every module and task file of
-            `opus_bench` but those in UNHASHED, and all of `baselines`.
-        validation: with the folder VALIDATION, which training runs do not depend on.
+            `opus_bench` but those in UNHASHED and in the folder VALIDATION, and all of `baselines`.
 
     Raises:
         RecordError: a source that is missing or is not Python.
@@ -60,7 +103,7 @@ def sources_sha256(root: str | Path, sources: Iterable[str] | None = None, valid
         patterns = ("opus_bench/**/*.py", "opus_bench/**/*.yaml", "baselines/**/*.py")
         found = [path for pattern in patterns for path in root.glob(pattern)]
         paths = [path for path in found
-                 if path.stem not in UNHASHED and (validation or path.parent.name != VALIDATION)]
+                 if path.stem not in UNHASHED and path.parent.name != VALIDATION]
     else:
         paths = [root / source for source in sources]
     digest = hashlib.sha256()

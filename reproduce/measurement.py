@@ -43,7 +43,8 @@ class Measurement:
     """One optimizer and seed of a validation experiment.
 
     Identity (``run_id``): the experiment, the config with ``settings`` under "measured", the corpus, and the
-    code of `opus_bench` with its validation and of the file that ``measure`` is in, but for prose.
+    code of the core, of the file that ``measure`` is in and of what that imports of `opus_bench.validation`, but
+    for prose.
 
     Raises:
         ValueError: a ``measure`` that is not "package.module:function", a selector other than random.
@@ -187,18 +188,13 @@ class Measurement:
 
 @functools.lru_cache
 def _code_version(module: str) -> str:
-    """The core's and the validation's version, with the source of ``module`` if that is outside of the core."""
-    version = provenance.code_version(validation=True)
-    if module.partition(".")[0] == "opus_bench":
-        return version
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of a package above it
         found = None
     if found is None or not found.origin:
         raise ValueError(f"no module {module!r} to measure with")
-    path = Path(found.origin)
-    return schema.text_sha256(version + provenance.sources_sha256(path.parent, sources=[path.name]))
+    return provenance.measuring_version(Path(found.origin))
 
 
 def newest(records: Sequence[dict]) -> list[dict]:

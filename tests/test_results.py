@@ -363,13 +363,36 @@ def test_code_version_covers_core_and_baselines_but_not_the_readers_of_records(t
 
 
 def test_validation_enters_the_code_version_of_its_own_experiments_alone(tmp_path):
-    (tmp_path / "opus_bench" / "validation").mkdir(parents=True)
-    source = tmp_path / "opus_bench" / "validation" / "sketch_error.py"
-    versions = []
-    for text in ("x = 1\n", "x = 2\n"):
-        source.write_text(text)
-        versions.append([provenance.sources_sha256(tmp_path, validation=with_it) for with_it in (False, True)])
-    assert versions[0][0] == versions[1][0] and versions[0][1] != versions[1][1]
+    folder = tmp_path / "opus_bench" / "validation"
+    folder.mkdir(parents=True)
+    sources = {"one": "from .shared import x\n", "two": "import opus_bench.validation.one\n", "shared": "x = 1\n",
+               "three": "from opus_bench.validation import two\n", "far": "x = 1\n"}
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text)
+    script = tmp_path / "script.py"
+    script.write_text("from opus_bench.validation.two import x\n")
+
+    def versions():
+        provenance.measuring_version.cache_clear()
+        files = [*(folder / f"{name}.py" for name in sources), script]
+        return [provenance.sources_sha256(tmp_path), *(provenance.measuring_version(file, tmp_path) for file in files)]
+
+    before = versions()
+    assert provenance.validation_imports(script, tmp_path) == [
+        f"opus_bench/validation/{name}.py" for name in ("one", "shared", "two")]
+    (folder / "shared.py").write_text("x = 2  \n")
+    assert [a == b for a, b in zip(before, versions())] == [True, False, False, False, False, True, False]
+    (folder / "shared.py").write_text("# prose\nx = 1\n")
+    assert versions() == before
+    (tmp_path / "opus_bench" / "core.py").write_text("x = 1\n")
+    assert not any(a == b for a, b in zip(before, versions()))
+
+
+def test_every_measurement_hashes_what_it_imports_of_validation():
+    folder = provenance.ROOT / "opus_bench" / "validation"
+    found = provenance.validation_imports(folder / "sketch_error.py")
+    names = {Path(path).stem for path in found}
+    assert names == {"findings", "problem", "trained", "validate"}
 
 
 def test_no_module_that_makes_numbers_imports_one_outside_the_code_version():
