@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from opus_bench.gradients import curvature, exact_per_sample_grads, layer_names, parameter_names
+from opus_bench.optimizer_map import step_map
 from opus_bench.preconditioner import preconditioners
 from opus_bench.selector import ARMS, Opus, TrainState
 from small_models import optimizers_for, perturbed, small_hf_gpt2, tokens
@@ -39,6 +40,44 @@ def test_paper_arm_with_the_exact_estimator_is_eq_23(model, kind):
                for k in u)
     torch.testing.assert_close(got.marginal(selected), want, rtol=1e-10, atol=1e-18)
     assert got.redundancy_weight == 1.0
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "muon"])
+def test_without_a_preconditioner_the_alignment_is_that_of_plain_gradients(model, kind):
+    state, batch = state_of(model, kind), tokens(6, 12)
+    names = layer_names(model, "blocks")
+    g, target = (exact_per_sample_grads(model, some, names) for some in (batch, state.proxy))
+    p = preconditioners(state.optimizers, parameter_names(model, names))
+    got = Opus.arm("paper", window=12, estimator="exact", preconditioner="identity").utilities(batch, 3, state)
+    want = sum(p[k].learning_rate * (g[k] * target[k].mean(0)).sum((1, 2)) for k in g)
+    torch.testing.assert_close(got.alignment, want, rtol=1e-10, atol=1e-18)
+    if kind != "sgd":
+        frozen = Opus.arm("paper", window=12, estimator="exact").utilities(batch, 3, state)
+        assert not torch.allclose(frozen.alignment, want)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_adjoint_takes_the_place_of_p_in_the_alignment_alone(model, kind):
+    """Against finite differences of the real map at the candidates' mean gradient, which adjoint() is tested by."""
+    state, batch = state_of(model, kind), tokens(6, 12)
+    names = layer_names(model, "blocks")
+    parameters = parameter_names(model, names)
+    g = exact_per_sample_grads(model, batch, names)
+    target = {k: one.mean(0) for k, one in exact_per_sample_grads(model, state.proxy, names).items()}
+    mean = {k: one.mean(0) for k, one in g.items()}
+    options = dict(window=12, estimator="exact")
+    got = Opus.arm("paper", preconditioner="adjoint", **options).utilities(batch, 3, state)
+    p = preconditioners(state.optimizers, parameters)
+    slopes = []
+    for n in range(len(batch)):
+        steps = [step_map(state.optimizers, parameters, {k: mean[k] + sign * 1e-5 * g[k][n] for k in g})
+                 for sign in (1, -1)]
+        slopes.append(sum(p[k].learning_rate * ((steps[0][k] - steps[1][k]) * target[k]).sum() for k in g) / 2e-5)
+    torch.testing.assert_close(got.alignment, torch.stack(slopes), rtol=1e-5, atol=1e-12)
+    frozen = Opus.arm("paper", **options).utilities(batch, 3, state)
+    torch.testing.assert_close(got.gram, frozen.gram, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="needs estimator='exact'"):
+        Opus.arm("paper", preconditioner="adjoint")
 
 
 def test_released_arm_shifts_labels_twice_and_scales_layers(model):
@@ -138,7 +177,7 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("arm", list(ARMS))
+@pytest.mark.parametrize("arm", [*ARMS, "adjoint"])
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "muon"])
 def test_scoring_changes_nothing_but_its_generator(model, arm, kind):
     state, batch = state_of(model, kind), tokens(6, 12)
@@ -146,7 +185,8 @@ def test_scoring_changes_nothing_but_its_generator(model, arm, kind):
     model.blocks[1].eval()
     model(input_ids=batch, labels=batch).loss.backward()  # gradients in accumulation
     before = fingerprint(model, state.optimizers)
-    opus = Opus.arm(arm, window=12, sketch_width=64)
+    options = {"preconditioner": "adjoint", "estimator": "exact"} if arm == "adjoint" else {}
+    opus = Opus.arm("paper" if options else arm, window=12, sketch_width=64, **options)
     generator = torch.Generator().manual_seed(0)
     selection = opus.select(batch, 3, state, generator)
     after = fingerprint(model, state.optimizers)
