@@ -92,7 +92,8 @@ def _section(scale: str, optimizer: str, records: list[dict]) -> Section:
     sets = defaultdict(list)
     for record in records:
         config = record["config"]
-        shape = (record["data"]["spec_sha256"], *(repr(config.get(key)) for key in ("model", "steps", "length")))
+        shape = (record["data"]["spec_sha256"], *(repr(config.get(key)) for key in ("model", "length")),
+                 _sequences_trained_on(config))
         sets[shape, record["code"]["version"]].append(record)
 
     def completeness(key: tuple) -> tuple:
@@ -124,6 +125,11 @@ def _section(scale: str, optimizer: str, records: list[dict]) -> Section:
     notes.extend(_unpaired(section))
     notes.extend(_same_choices(section))
     return section
+
+
+def _sequences_trained_on(config: dict) -> int:
+    """Sequences that a run updates on: rows whose buffers differ are compared at the same number."""
+    return config.get("steps", 0) * round(config.get("selection_ratio", 1) * config.get("buffer", 1))
 
 
 def _one_configuration(records: list[dict]) -> dict[int, dict]:

@@ -40,7 +40,8 @@ MARK, NONE = "*", "–"
 # Cells ----------------------------------------------------------------------------------------
 
 
-def _mean(values: Sequence[float], digits: int, factor: float = 1.0, unit: str = "") -> str:
+def mean(values: Sequence[float], digits: int, factor: float = 1.0, unit: str = "") -> str:
+    """The mean as a cell; a dash where there are no values."""
     return f"{factor * math.fsum(values) / len(values):.{digits}f}{unit}" if values else NONE
 
 
@@ -51,7 +52,8 @@ def _limits(interval: Interval, points: Sequence[float], none: float, style: str
     return f"{interval.mean:{style}} [{interval.low:{style}}, {interval.high:{style}}]{mark}"
 
 
-def _difference(row: Row, base: Row | None, value: Callable, digits: int, factor: float = 1.0) -> str:
+def difference(row: Row, base: Row | None, value: Callable, digits: int, factor: float = 1.0) -> str:
+    """Row minus base, paired by seed, as a cell: with its interval, or the seeds where there are too few for one."""
     if base is None or row is base:
         return NONE
     ours, theirs = ([factor * item for item in side] for side in pairs(row, base, value))
@@ -72,7 +74,7 @@ def _short_difference(row: Row, base: Row | None, value: Callable, digits: int) 
     return f" ({interval.mean:+.{digits}f}{half}{MARK if interval.excludes(0.0) else ''})"
 
 
-def _token_share(row: Row, base: Row | None) -> str:
+def token_share(row: Row, base: Row | None) -> str:
     """Update tokens to random's final loss over random's tokens; seeds that never get there stay visible."""
     if base is None:
         return NONE
@@ -146,20 +148,20 @@ def summary(section: Section, reported: dict) -> str:
         uniform = row.values(step_mean("effective_sample_size"))
 
         def shares(domains: Callable, row: Row = row) -> str:
-            chosen = _mean(row.values(domain_share("chosen", domains)), 1, 100)
-            return f"{chosen} / {_mean(row.values(domain_share('offered', domains)), 1, 100)}"
+            chosen = mean(row.values(domain_share("chosen", domains)), 1, 100)
+            return f"{chosen} / {mean(row.values(domain_share('offered', domains)), 1, 100)}"
 
         lines.append(
             [
                 row.label + FOREIGN * row.foreign,
                 str(len(row.records)),
-                _mean(row.values(final_loss), 4),
-                _difference(row, section.base, final_loss, 4),
-                _token_share(row, section.base),
-                _mean(row.values(evaluated(MEAN_ACCURACY)), 2, 100),
-                _difference(row, section.base, evaluated(MEAN_ACCURACY), 2, 100),
-                _mean(row.values(time_ratio), 1, 100, " %"),
-                _mean(uniform, 4) if uniform else "none: deterministic",
+                mean(row.values(final_loss), 4),
+                difference(row, section.base, final_loss, 4),
+                token_share(row, section.base),
+                mean(row.values(evaluated(MEAN_ACCURACY)), 2, 100),
+                difference(row, section.base, evaluated(MEAN_ACCURACY), 2, 100),
+                mean(row.values(time_ratio), 1, 100, " %"),
+                mean(uniform, 4) if uniform else "none: deterministic",
                 shares(lambda record: [record["data"]["target_domain"]]),
                 shares(corrupted_domains),
                 _paper_value(reported, section.optimizer, row.paper_row, "Avg"),
@@ -184,12 +186,12 @@ def brief(section: Section, reported: dict) -> str:
     lines = [
         [
             row.label,
-            _mean(row.values(final_loss), 3),
-            _difference(row, section.base, final_loss, 3),
-            _token_share(row, section.base),
-            _mean(row.values(evaluated(MEAN_ACCURACY)), 1, 100),
-            _mean(row.values(time_ratio), 0, 100, " %"),
-            _mean(row.values(step_mean("effective_sample_size")), 4),
+            mean(row.values(final_loss), 3),
+            difference(row, section.base, final_loss, 3),
+            token_share(row, section.base),
+            mean(row.values(evaluated(MEAN_ACCURACY)), 1, 100),
+            mean(row.values(time_ratio), 0, 100, " %"),
+            mean(row.values(step_mean("effective_sample_size")), 4),
             _paper_value(reported, section.optimizer, row.paper_row, "Avg"),
         ]
         for row in section.rows
@@ -236,9 +238,9 @@ def offline(section: Section) -> str:
             value = evaluated(task)
             errors = [_stderr(item) for record in row.records.values() for item in record["evals"]
                       if item["task"] == task and item.get("value") is not None]
-            difference = _difference(row, section.base, value, 4)
-            spread = f" ({_mean(errors, 1, 100)})" if errors else ""
-            line.append(_mean(row.values(value), 1, 100) + spread + MARK * difference.endswith(MARK))
+            change = difference(row, section.base, value, 4)
+            spread = f" ({mean(errors, 1, 100)})" if errors else ""
+            line.append(mean(row.values(value), 1, 100) + spread + MARK * change.endswith(MARK))
         lines.append(line)
     return markdown(header, lines)
 
@@ -254,7 +256,7 @@ def bits(section: Section) -> str:
     lines = [
         [task.removeprefix(BITS_PER_BYTE)]
         + [
-            _mean(row.values(evaluated(task)), 3) + _short_difference(row, section.base, evaluated(task), 3)
+            mean(row.values(evaluated(task)), 3) + _short_difference(row, section.base, evaluated(task), 3)
             for row in section.rows
         ]
         for task in tasks
@@ -283,7 +285,7 @@ def _ours(row: Row | None, task: str) -> str:
     items = [item for record in row.records.values() for item in record["evals"] if _paper_task(item["task"]) == task]
     values = [item["value"] for item in items if item.get("value") is not None]
     if values:
-        return _mean(values, 2, 100)
+        return mean(values, 2, 100)
     status = next((item["status"] for item in items), f"{NOT_RUN}not in the records")
     return status if len(status) <= REASON_LENGTH else status[: REASON_LENGTH - 1] + "…"
 

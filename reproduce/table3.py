@@ -24,7 +24,7 @@ from .training import Run
 
 DEVIATIONS = {
     "released": ("selects every optimizer step; the released code once per rho N steps",),
-    "calibrated": ("proxy of 32 sequences drawn every 8 steps instead of 8 every step; all weights scored",),
+    "calibrated": ("proxy four times as large, drawn every 8 steps instead of every step; all weights scored",),
     "perplexity": ("loss of the score window instead of the whole sequence",),
     "greats": ("greedy choice on the proxy batch and the score window of OPUS instead of validation data of its own",),
     "quality": ("classifier trained here on the proxy split instead of DCLM's published fastText model",),

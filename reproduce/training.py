@@ -42,12 +42,17 @@ class Run:
     suite: bool = True  # evaluate the offline suite; without it the record's losses are all there is
 
     unit = "update tokens"  # of ``amount``
-    preloaded = ("baselines", "opus_bench.train", "opus_bench.evaluate", "lm_eval.models.huggingface")
 
     def __post_init__(self) -> None:
         if self.paper_tasks and not self.suite:
             raise ValueError(f"{self.experiment} compares losses only (suite=False), so paper_tasks=True cannot be "
                              "kept; leave out --paper-tasks")
+
+    @property
+    def preloaded(self) -> tuple[str, ...]:
+        """Modules that are imported once for all workers."""
+        evaluation = ("opus_bench.evaluate", "lm_eval.models.huggingface")
+        return ("baselines", "opus_bench.train", *(evaluation if self.suite else ()))
 
     @property
     def label(self) -> str:
