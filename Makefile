@@ -26,7 +26,7 @@ mutants: setup
 	$(BIN)/python tests/mutants.py
 
 report: setup
-	$(BIN)/opus-bench report
+	$(BIN)/python -m reproduce.pages
 
 clean:
 	rm -rf $(VENV) build *.egg-info results/work
