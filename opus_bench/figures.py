@@ -80,7 +80,7 @@ def draw_losses(
         for column, optimizer in enumerate(losses):
             top, bottom = axes[0, column], axes[1, column]
             _lines(top, losses[optimizer], losses[optimizer])
-            bottom.axhline(0, zorder=4, **_look(BASE, [BASE]))
+            bottom.axhline(0, zorder=4, **look_of(BASE, [BASE]))
             _lines(bottom, gaps[optimizer], losses[optimizer], band=_interval)
             top.set_title(OPTIMIZERS.get(optimizer, optimizer))
             bottom.set_xlabel("update tokens")
@@ -179,7 +179,7 @@ def _labels(panels: Mapping[str, Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(label for panel in panels.values() for label in panel))
 
 
-def _look(label: str, labels: Iterable[str]) -> dict:
+def look_of(label: str, labels: Iterable[str]) -> dict:
     """Colour, dashes and width of a label; those of no known method take the spare colours in order."""
     known = {
         name: next((line for line in LINES if re.search(line[0], name.lower())), None) for name in labels
@@ -199,7 +199,7 @@ def _lines(
     for label, curve in curves.items():
         if curve is None:
             continue
-        look = _look(label, labels)
+        look = look_of(label, labels)
         axis.plot(curve.x, curve.y.mean(axis=0), zorder=4 if label == BASE else 3, **look)
         if band and len(curve.y) > 1:
             axis.fill_between(curve.x, *band(curve.y), color=look["color"], alpha=0.13, linewidth=0)
@@ -251,7 +251,7 @@ def _figure(
         draw(figure, axes)
         labels = _labels(panels)
         shown = [label for label in labels if label not in set(hidden)]
-        handles = [Line2D([], [], label=label, **_look(label, labels)) for label in shown]
+        handles = [Line2D([], [], label=label, **look_of(label, labels)) for label in shown]
         figure.suptitle(heading, fontsize=11)
         figure.tight_layout(rect=(0, foot / (height + foot), 1 - legend / width, 1))
         figure.legend(handles=handles, loc="center left", bbox_to_anchor=(1 - legend / width, 0.55), frameon=False,

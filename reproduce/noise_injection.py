@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opus_bench.figures import OPTIMIZERS, _look, draw_panels
+from opus_bench.figures import OPTIMIZERS, draw_panels, look_of
 from opus_bench.results import load
 from opus_bench.tables import markdown
 from opus_bench.train import RunConfig
@@ -160,7 +160,7 @@ def draw_kept(groups: dict[str, list[dict]], scale: str, path: Path) -> Path:
                 axis = axes[row, column]
                 for selector in LABELS:
                     cells = [found[selector, kind, share] for share in shares]
-                    look = _look(selector, LABELS)
+                    look = look_of(selector, LABELS)
                     axis.errorbar([100 * share for share in shares], [100 * e.value for e in cells],
                                   [100 * e.stderr for e in cells], label=selector, elinewidth=0.7,
                                   zorder=5 - look["linewidth"], **look)  # thin ones above, where they coincide

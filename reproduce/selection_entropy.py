@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opus_bench.figures import OPTIMIZERS, _look, draw_panels
+from opus_bench.figures import OPTIMIZERS, draw_panels, look_of
 from opus_bench.results import load
 from opus_bench.selector import ARMS
 from opus_bench.tables import NONE, markdown
@@ -163,7 +163,7 @@ def draw_entropy(groups: dict[str, list[dict]], scale: str, path: Path) -> Path:
             for column, (unit, name, label) in enumerate(panels):
                 axis = axes[row, column]
                 for arm in ARMS:
-                    x, look = measured["temperatures"][unit], _look(LABEL[arm], LABEL.values())
+                    x, look = measured["temperatures"][unit], look_of(LABEL[arm], LABEL.values())
                     y = np.array([[pooled(records, step, arm)[unit, value][name] for value in x]
                                   for step in stages_of(records)])
                     axis.plot(x, y[-1], label=f"{arm} arm", marker="o", markersize=2.5, **look)
@@ -206,7 +206,7 @@ def draw_gain(groups: dict[str, list[dict]], scale: str, path: Path) -> Path:
             for column, (name, label) in enumerate(kinds):
                 axis = axes[row, column]
                 for place, arm in enumerate(ARMS):
-                    table, look = pooled(records, stages_of(records)[-1], arm), _look(LABEL[arm], LABEL.values())
+                    table, look = pooled(records, stages_of(records)[-1], arm), look_of(LABEL[arm], LABEL.values())
                     found = [at for (unit, _), at in sorted(table.items()) if unit == "share"]
                     axis.errorbar([at["value"] + 0.006 * (place - 1) for at in found], [100 * at[name] for at in found],
                                   [100 * at[f"{name}_stderr"] for at in found], label=f"{arm} arm",

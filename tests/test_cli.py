@@ -41,8 +41,9 @@ def error_line(capsys, arguments):
 
 @pytest.mark.parametrize("command,words", [
     ("report", ["--results FOLDER", "--reported FILE.csv", "percent or nat/token", "default: reproduce/reported.csv"]),
-    ("validate", ["--steps N", "default: 60", "buckets per weight (default: 512 2048 8192 32768", "{adamw,muon}",
-                  "{tiny,ci}", "--seed N", "--output FILE.json", "--force"]),
+    ("validate", ["--steps N", "default: 60", "buckets per weight (default: 512 2048 8192 32768", "{sgd,adamw,muon}",
+                  "{tiny,ci}", "--seed N", "--output FILE.json", "--force", "--threshold NAME=VALUE",
+                  "oracle_float64 at most"]),
     ("doctor", ["--results FOLDER"]),
 ])
 def test_help_of_a_command(command, words, capsys):
