@@ -97,15 +97,25 @@ def test_the_results_in_the_readme_are_those_of_the_records():
 def test_committed_tables_and_figures_are_those_of_the_committed_records(tmp_path):
     import shutil
 
-    from opus_bench.report import report
-    from reproduce.offline_suite import write as offline_suite
+    from reproduce.pages import SCRIPTS, write
 
     shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs")
-    written = report(tmp_path, ROOT / "reproduce" / "reported.csv")
-    assert len(written) == 4
-    written += offline_suite(tmp_path)
+    written, missing = write(tmp_path)
+    assert not missing
     for path in written:
         assert path.read_bytes() == (ROOT / "results" / path.relative_to(tmp_path)).read_bytes(), path
+    for folder in ("tables", "figures"):
+        committed = {path.name for path in (ROOT / "results" / folder).iterdir()}
+        assert committed == {path.name for path in written if path.parent.name == folder}
+    assert {f"{name}.md" for name in SCRIPTS} <= {path.name for path in written}
+
+
+def test_the_numbers_of_the_instrument_in_the_readme_are_those_of_the_records():
+    from reproduce.pages import MARKERS, QUESTIONS, instrument_block
+
+    block = instrument_block(ROOT / "results")
+    assert readme().split(MARKERS[0])[1].split(MARKERS[1])[0] == f"\n{block}\n"
+    assert "not run" not in block and len(block.splitlines()) == len(QUESTIONS) + 2
 
 
 def test_every_mutant_still_finds_its_text():
