@@ -62,7 +62,8 @@ QUESTIONS: tuple[tuple[str, str, Cell], ...] = (
           lambda r: last(r, "scatter", "predicted_scatter", weight="all", width=8192))),
     ("noise_budget", "Spearman lost to that sketch", lost("sketch of 8,192 buckets")),
     ("noise_budget", "... to another proxy batch of 8", lost("another proxy of 8")),
-    ("noise_budget", "... to a score window of a quarter of the sequence", lost("score window 1/4 of the sequence")),
+    ("noise_budget", "... to a score window of a quarter of the sequence", lost("window of 1/4 of the sequence")),
+    ("noise_budget", "... to a proxy gradient 8 updates old", lost("proxy's gradient of 8 steps ago")),
     ("noise_budget", "... to labels shifted twice", lost("labels shifted twice")),
     ("noise_budget", "... to bfloat16 autocast", lost("bfloat16 autocast")),
     ("utility_validity", "Pearson of alignment, and of the paper's U, with what a real step on 8 samples does",
@@ -81,11 +82,13 @@ QUESTIONS: tuple[tuple[str, str, Cell], ...] = (
     ("noise_injection", "share of them kept minus share offered: paper, calibrated",
      pair(*(lambda r, arm=arm: last(r, "kept_excess", selector=f"OPUS ({arm})", kind="random tokens")
             for arm in ("paper", "calibrated")))),
-    ("muon_map", "Muon's S: distance from a multiple of the identity over its norm",
-     lambda r: last(r, "direction cosine", "distance", weight="all")),
-    ("muon_map", "cosine of P g with the derivative of the real Muon map, and of g itself",
-     pair(lambda r: last(r, "direction cosine", weight="all"),
-          lambda r: last(r, "direction cosine", "identity_direction_cosine", weight="all"))),
+    ("muon_map", "Muon: distance of S from a multiple of the identity over its norm, mean of matrices",
+     lambda r: last(r, "distance")),
+    ("muon_map", "Muon: cosine of P g with the derivative of the real map, and of g itself with it",
+     pair(lambda r: last(r, "direction_cosine", weight="all"),
+          lambda r: last(r, "direction_cosine", "identity_direction_cosine", weight="all"))),
+    ("muon_map", "Muon: cosine of P g with g, which is 1 where P does nothing",
+     lambda r: last(r, "direction_cosine", "frozen_identity_cosine", weight="all")),
 )
 
 
