@@ -47,9 +47,9 @@ def grid(tmp_path_factory):
 def test_the_table_has_every_method_with_its_scale_said(grid):
     folder, _, printed = grid
     records = load(folder / "runs")
-    assert len(records) == 8 and {r["arm"] for r in records} == {None, "paper", "released", "calibrated"}
+    assert len(records) == 9 and {r["arm"] for r in records} == {None, "paper", "released", "calibrated"}
     table = (folder / "tables" / "table3.md").read_text()
-    for words in ("Random", "PPL (high)", "Static quality", "OPUS (calibrated)", "not run: no hub", "ci scale"):
+    for words in ("Random", "PPL (high)", "Static quality", "GREATS", "OPUS (calibrated)", "not run: no hub", "ci scale"):
         assert words in table or words.capitalize() in table, words
     assert "numbers mean nothing" in printed
     assert len(list((folder / "figures").glob("*.svg"))) == 3
@@ -71,14 +71,14 @@ def test_a_second_call_computes_nothing_and_writes_the_same_bytes(grid):
     before = snapshot(folder)
     started = time.monotonic()
     again = run("--results", folder)
-    assert again.returncode == 0 and "8 runs, 8 done, 0 update tokens to go" in again.stdout
+    assert again.returncode == 0 and "9 runs, 9 done, 0 update tokens to go" in again.stdout
     assert time.monotonic() - started < max(15, grid[1] / 2)
     assert snapshot(folder) == before
 
 
 def test_a_dry_run_prints_the_plan_and_writes_no_record(tmp_path):
     done = run("--results", tmp_path / "new", "--dry-run")
-    assert done.returncode == 0 and done.stdout.count("to do") == 8
+    assert done.returncode == 0 and done.stdout.count("to do") == 9
     assert not list((tmp_path / "new").rglob("*.json")) and not list((tmp_path / "new").rglob("*.md"))
 
 
