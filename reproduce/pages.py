@@ -46,7 +46,7 @@ def last(records: Sequence[dict], name: str, key: str = "value", **wanted: objec
 
 def lost(source: str, score: str = "alignment") -> Cell:
     """Spearman lost to a source of the noise budget."""
-    return lambda records: last(records, "spearman_lost", source=source, score=score)
+    return lambda records: last(records, "spearman lost", source=source, score=score)
 
 
 def pair(*cells: Cell) -> Cell:
@@ -57,10 +57,12 @@ def pair(*cells: Cell) -> Cell:
 QUESTIONS: tuple[tuple[str, str, Cell], ...] = (
     ("sketch_error", "sketch of 8,192 buckets a weight: Spearman of U with exact U",
      lambda r: last(r, "scatter", "utility_spearman", weight="all", width=8192)),
-    ("sketch_error", "its scatter, measured and as the stated variance predicts (of the exact norm)",
+    ("sketch_error", "the same of 32 buckets, with the elements of a weight per bucket that GPT-2 XL has at 8,192",
+     lambda r: last(r, "scatter", "utility_spearman", weight="all", width=32)),
+    ("sketch_error", "scatter at 8,192, measured and as the stated variance predicts (of the exact norm)",
      pair(lambda r: last(r, "scatter", weight="all", width=8192),
           lambda r: last(r, "scatter", "predicted_scatter", weight="all", width=8192))),
-    ("noise_budget", "Spearman lost to that sketch", lost("sketch of 8,192 buckets")),
+    ("noise_budget", "Spearman of alignment lost to the sketch of 8,192", lost("sketch of 8,192 buckets")),
     ("noise_budget", "... to another proxy batch of 8", lost("another proxy of 8")),
     ("noise_budget", "... to a score window of a quarter of the sequence", lost("window of 1/4 of the sequence")),
     ("noise_budget", "... to a proxy gradient 8 updates old", lost("proxy's gradient of 8 steps ago")),
@@ -73,8 +75,9 @@ QUESTIONS: tuple[tuple[str, str, Cell], ...] = (
      lambda r: last(r, "pearson", predictor="adjoint", target="proxy", set_size=8, factor=1.0)),
     ("utility_validity", "curvature along the candidates' mean update, where the paper's H = I says 1",
      lambda r: last(r, "curvature", along="mean update", layers="blocks")),
-    ("selection_entropy", "effective sample size over candidates left at temperature .9: paper, released",
-     pair(*(lambda r, arm=arm: last(r, "effective_share", arm=arm, temperature_unit="raw", temperature=0.9)
+    ("selection_entropy", "total variation from uniform of a draw at temperature .9: paper, released",
+     pair(*(lambda r, arm=arm: last(r, "effective_share", "total_variation", arm=arm, temperature_unit="raw",
+                                    temperature=0.9)
             for arm in ("paper", "released")))),
     ("noise_injection", "AUC for random tokens: paper, calibrated",
      pair(*(lambda r, arm=arm: last(r, "detection_auc", selector=f"OPUS ({arm})", kind="random tokens")
