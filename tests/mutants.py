@@ -27,7 +27,6 @@ MUTANTS = [
     ("opus_bench/gradients.py", "isinstance(module, nn.Embedding | Conv1D)", "isinstance(module, nn.Embedding)",
      "Conv1D factors swapped", "gradients"),
     ("opus_bench/gradients.py", "_normalised(module, call) * b", "b", "norm weight without its input", "architectures"),
-    ("opus_bench/gradients.py", "observing = False\n", "pass\n", "checkpointed layers observed twice", "architectures"),
     ("opus_bench/gradients.py", "autograd.grad(losses.sum(), [call", "autograd.grad(losses.mean(), [call", "1/n hidden in b", "gradients"),
     ("opus_bench/layers.py", "if wanted == \"all\":", "if False:", "parameters left out of 'all' without a word", "architectures"),
     ("opus_bench/layers.py", "isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None", "False",

@@ -318,3 +318,13 @@ def test_masks_that_leave_nothing_are_refused_by_sample():
         Sequences(tokens(1, 4), None, torch.ones(1, 3))
     with pytest.raises(ValueError, match="labels differ"):
         Opus.arm("paper").select({"input_ids": tokens(2, 4), "labels": tokens(2, 4, seed=5)}, 1, None, None)
+
+
+def test_all_is_refused_where_a_trained_parameter_belongs_to_no_layer(architecture):
+    model = architecture
+    model.register_parameter("stray", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(ValueError, match="layers='all' cannot score stray"):
+        layer_names(model, "all")
+    assert layer_names(model, "matrices")
+    model.stray.requires_grad_(False)
+    assert layer_names(model, "all")
