@@ -10,6 +10,7 @@ unit of work and returns rows made by `Stage.row`, which become the record's ``m
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import importlib
@@ -213,6 +214,54 @@ def newest(records: Sequence[dict]) -> list[dict]:
         _, chosen = max(group.items(), key=lambda item: (len(item[1]), max(r["written_utc"] for r in item[1]), item[0]))
         kept |= {record["run_id"] for record in chosen}
     return [record for record in records if record["run_id"] in kept]
+
+
+def measurements(
+    options: argparse.Namespace, experiment: str, measure: str, settings: dict[str, Any], units: int, seeds: int,
+    deviations: Sequence[str], optimizers: Sequence[str] = ("adamw", "muon"),
+) -> list[Measurement]:
+    """One measurement for each optimizer and seed, on the model of the scale that the tables train.
+
+    ``optimizers`` and ``seeds`` hold where the options name none.
+    """
+    scale = SCALES[options.scale]
+    return [
+        Measurement(experiment, measure, RunConfig("random", optimizer=optimizer, seed=seed, **scale.run), settings,
+                    scale.name, units, tuple(deviations))
+        for optimizer in options.optimizers or optimizers
+        for seed in range(options.seeds or seeds)
+    ]
+
+
+Chapter = Callable[[dict[str, list[dict]], str, Path], tuple[list[Path], list[str]]]
+"""(optimizer -> records by seed, scale, folder for figures) -> (the scale's figures, parts of its page)."""
+
+
+def write_page(results_dir: Path, experiment: str, title: str, command: str, chapter: Chapter) -> list[Path]:
+    """The page of an experiment and, for each scale, the figures of its chapter, from the records alone.
+
+    Raises:
+        RecordError: no records.
+    """
+    records = newest(results.load(results_dir / "runs", experiment))
+    paths, parts = [], []
+    for scale in sorted({r["scale"] for r in records}):
+        groups: dict[str, list[dict]] = defaultdict(list)
+        for record in sorted((r for r in records if r["scale"] == scale),
+                             key=lambda r: (r["config"]["optimizer"], r["config"]["seed"])):
+            groups[record["config"]["optimizer"]].append(record)
+        figures, said = chapter(dict(groups), scale, results_dir / "figures")
+        paths += figures
+        parts += [f"## {scale} scale", *said]
+    path = results_dir / "tables" / f"{experiment}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(experiment, title, command, parts, records), encoding="utf-8", newline="\n")
+    return [path, *paths]
+
+
+def links(figures: Sequence[Path]) -> list[str]:
+    """Figures as a page in results_dir/tables shows them."""
+    return [f"![{figure.stem}](../figures/{figure.name})" for figure in figures]
 
 
 def page(experiment: str, title: str, command: str, parts: list[str], records: Sequence[dict]) -> str:

@@ -21,14 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opus_bench.figures import draw_panels
-from opus_bench.results import load
 from opus_bench.tables import markdown
-from opus_bench.train import RunConfig
 from opus_bench.validation.muon_map import ALL, units
 
-from .measurement import Measurement, newest, page
+from .measurement import Measurement, links, measurements, write_page
 from .runner import main
-from .scales import SCALES
 
 EXPERIMENT = "muon_map"
 COMMAND = f"python -m reproduce.{EXPERIMENT}"
@@ -57,13 +54,9 @@ def runs(options: argparse.Namespace) -> list[Measurement]:
     others = [name for name in options.optimizers or () if name != "muon"]
     if others:
         raise ValueError(f"muon_map measures under Muon alone, got --optimizers {' '.join(others)}; leave it out")
-    scale, settings = SCALES[options.scale], SETTINGS[options.scale]
-    return [
-        Measurement(EXPERIMENT, "opus_bench.validation.muon_map:measure",
-                    RunConfig("random", optimizer="muon", seed=seed, **scale.run), settings, scale.name,
-                    units(settings), DEVIATIONS)
-        for seed in range(options.seeds or SEEDS[options.scale])
-    ]
+    settings = SETTINGS[options.scale]
+    return measurements(options, EXPERIMENT, "opus_bench.validation.muon_map:measure", settings, units(settings),
+                SEEDS[options.scale], DEVIATIONS, ("muon",))
 
 
 @dataclass(frozen=True)
@@ -211,24 +204,22 @@ matrices as one vector, as the utility does; what the real update divides out ma
 difference there too. Its distance is the mean, eigenvalues are extremes."""
 
 
+def chapter(groups: dict[str, list[dict]], scale: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """Figures and text of one scale (`measurement.Chapter`)."""
+    (group,) = groups.values()
+    figure = draw(group, scale, folder / f"{EXPERIMENT}_{scale}.svg")
+    parts = [method_text(group), *links([figure]),
+             f"Over all matrices, ± one standard error over {_buffers(group)} buffers given the models:",
+             sentences(group)]
+    for step in stages_of(group):
+        parts += [f"### After {step} updates", table(group, step)]
+    return [figure], parts
+
+
 def write(results_dir: Path) -> list[Path]:
-    """The page and, for each scale, its figure, from the records alone."""
-    records = newest(load(results_dir / "runs", EXPERIMENT))
-    paths, parts = [], []
-    for scale in sorted({r["scale"] for r in records}):
-        group = sorted((r for r in records if r["scale"] == scale), key=lambda r: r["config"]["seed"])
-        figure = draw(group, scale, results_dir / "figures" / f"{EXPERIMENT}_{scale}.svg")
-        paths.append(figure)
-        parts += [f"## {scale} scale", method_text(group), f"![{figure.stem}](../figures/{figure.name})",
-                  f"Over all matrices, ± one standard error over {_buffers(group)} buffers given the models:",
-                  sentences(group)]
-        for step in stages_of(group):
-            parts += [f"### After {step} updates", table(group, step)]
-    path = results_dir / "tables" / f"{EXPERIMENT}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = page(EXPERIMENT, "The paper's linear map of Muon: a preconditioner? Muon?", COMMAND, parts, records)
-    path.write_text(text, encoding="utf-8", newline="\n")
-    return [path, *paths]
+    """The page and its figures, from the records alone."""
+    return write_page(results_dir, EXPERIMENT, "The paper's linear map of Muon: a preconditioner? Muon?",
+                      COMMAND, chapter)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,13 @@ from matplotlib.patches import Patch
 
 from opus_bench.figures import OPTIMIZERS, draw_panels
 from opus_bench.model import SIZES
-from opus_bench.results import load
 from opus_bench.statistics import SMALLEST_N, Interval, mean_interval
 from opus_bench.tables import markdown
-from opus_bench.train import RunConfig
 from opus_bench.validation.noise_budget import GROUPS, Settings
 from opus_bench.validation.validate import PAPER_WIDTH
 
-from .measurement import Measurement, newest, page
+from .measurement import Measurement, links, measurements, write_page
 from .runner import main
-from .scales import SCALES
 
 EXPERIMENT = "noise_budget"
 COMMAND = f"python -m reproduce.{EXPERIMENT}"
@@ -61,14 +58,9 @@ GLOSSES = {
 
 def runs(options: argparse.Namespace) -> list[Measurement]:
     """One measurement for each optimizer and seed."""
-    scale, settings = SCALES[options.scale], SETTINGS[options.scale]
-    return [
-        Measurement(EXPERIMENT, f"opus_bench.validation.{EXPERIMENT}:measure",
-                    RunConfig("random", optimizer=optimizer, seed=seed, **scale.run), settings, scale.name,
-                    Settings(**settings).units, DEVIATIONS)
-        for optimizer in options.optimizers or ("adamw", "muon")
-        for seed in range(options.seeds or SEEDS)
-    ]
+    settings = SETTINGS[options.scale]
+    return measurements(options, EXPERIMENT, f"opus_bench.validation.{EXPERIMENT}:measure", settings,
+                Settings(**settings).units, SEEDS, DEVIATIONS)
 
 
 def label(row: dict) -> str:
@@ -193,31 +185,23 @@ depends on the learning rate, here {config["adam_lr"]:g} for AdamW and {config["
 the order differs, not which one is the better."""
 
 
+def chapter(groups: dict[str, list[dict]], scale: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """Figures and text of one scale (`measurement.Chapter`)."""
+    figure = draw(groups, scale, folder / f"{EXPERIMENT}_{scale}.svg")
+    first = next(iter(groups.values()))
+    parts = [method_text(first), *links([figure])]
+    for optimizer, group in groups.items():
+        parts.append(f"**{OPTIMIZERS[optimizer]}**, after {last_stage(group)} updates:\n\n{sentences(group)}")
+    n = lost(first)[last_stage(first), ranked(groups)[0]].n
+    parts.append(f"Spearman lost: mean over {n} sets of candidates, {len(first)} seed(s) of the model, and 95 % t "
+                 f"interval over the sets where there are {SMALLEST_N} or more. Sets of one seed share their "
+                 "model, which the interval does not know.")
+    return [figure], [*parts, budget_table(groups)]
+
+
 def write(results_dir: Path) -> list[Path]:
-    """The page and, for each scale, its figure, from the records alone."""
-    records = newest(load(results_dir / "runs", EXPERIMENT))
-    paths, parts = [], []
-    for scale in sorted({r["scale"] for r in records}):
-        by_optimizer: dict[str, list[dict]] = defaultdict(list)
-        for record in sorted((r for r in records if r["scale"] == scale),
-                             key=lambda r: (r["config"]["optimizer"], r["config"]["seed"])):
-            by_optimizer[record["config"]["optimizer"]].append(record)
-        figure = draw(by_optimizer, scale, results_dir / "figures" / f"{EXPERIMENT}_{scale}.svg")
-        paths.append(figure)
-        first = next(iter(by_optimizer.values()))
-        parts += [f"## {scale} scale", method_text(first), f"![{figure.stem}](../figures/{figure.name})"]
-        for optimizer, group in by_optimizer.items():
-            parts.append(f"**{OPTIMIZERS[optimizer]}**, after {last_stage(group)} updates:\n\n{sentences(group)}")
-        n = lost(first)[last_stage(first), ranked(by_optimizer)[0]].n
-        parts.append(f"Spearman lost: mean over {n} sets of candidates, {len(first)} seed(s) of the model, and 95 % t "
-                     f"interval over the sets where there are {SMALLEST_N} or more. Sets of one seed share their "
-                     "model, which the interval does not know.")
-        parts.append(budget_table(by_optimizer))
-    path = results_dir / "tables" / f"{EXPERIMENT}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(EXPERIMENT, "What moves the order of the candidates?", COMMAND, parts, records),
-                    encoding="utf-8", newline="\n")
-    return [path, *paths]
+    """The page and its figures, from the records alone."""
+    return write_page(results_dir, EXPERIMENT, "What moves the order of the candidates?", COMMAND, chapter)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from opus_bench.figures import OPTIMIZERS, draw_panels, look_of
-from opus_bench.results import load
 from opus_bench.tables import markdown
-from opus_bench.train import RunConfig
 from opus_bench.validation.noise_injection import Settings
 from opus_bench.validation.noise_kinds import KINDS
 
-from .measurement import Measurement, newest, page
+from .measurement import Measurement, links, measurements, write_page
 from .noise_selectors import LABELS
 from .runner import main
 from .scales import SCALES
@@ -53,13 +51,8 @@ def runs(options: argparse.Namespace) -> list[Measurement]:
                  "calibrated_proxy": 4 * scale.run["proxy_size"]}
     settings = {"shares": [0.1, 0.2, 0.3, 0.5], "kinds": list(KINDS), "span": 8, "gap": 4,
                 **SETTINGS[options.scale], "selectors": selectors}
-    return [
-        Measurement(EXPERIMENT, "reproduce.noise_selectors:measure",
-                    RunConfig("random", optimizer=optimizer, seed=seed, **scale.run), settings, scale.name,
-                    Settings(**settings).units, DEVIATIONS)
-        for optimizer in options.optimizers or ("adamw", "muon")
-        for seed in range(options.seeds or SEEDS[options.scale])
-    ]
+    return measurements(options, EXPERIMENT, "reproduce.noise_selectors:measure", settings, Settings(**settings).units,
+                SEEDS[options.scale], DEVIATIONS)
 
 
 @dataclass(frozen=True)
@@ -212,27 +205,17 @@ def draw_auc(groups: dict[str, list[dict]], scale: str, path: Path) -> Path:
                        len(steps), (2.0 + 4.2 * len(steps), 0.8 + 3.3 * len(groups)))
 
 
+def chapter(groups: dict[str, list[dict]], scale: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """Figures and text of one scale (`measurement.Chapter`)."""
+    figures = [draw(groups, scale, folder / f"{EXPERIMENT}_{name}_{scale}.svg")
+               for name, draw in (("kept", draw_kept), ("auc", draw_auc))]
+    return figures, [method_text(next(iter(groups.values()))[0]), *links(figures),
+                     *(part for optimizer, group in groups.items() for part in section(OPTIMIZERS[optimizer], group))]
+
+
 def write(results_dir: Path) -> list[Path]:
-    """The page and, for each scale, its two figures, from the records alone."""
-    records = newest(load(results_dir / "runs", EXPERIMENT))
-    paths, parts = [], []
-    for scale in sorted({r["scale"] for r in records}):
-        groups: dict[str, list[dict]] = defaultdict(list)
-        for record in sorted((r for r in records if r["scale"] == scale),
-                             key=lambda r: (r["config"]["optimizer"], r["config"]["seed"])):
-            groups[record["config"]["optimizer"]].append(record)
-        figures = [draw(groups, scale, results_dir / "figures" / f"{EXPERIMENT}_{name}_{scale}.svg")
-                   for name, draw in (("kept", draw_kept), ("auc", draw_auc))]
-        paths += figures
-        parts += [f"## {scale} scale", method_text(next(iter(groups.values()))[0]),
-                  *(f"![{figure.stem}](../figures/{figure.name})" for figure in figures)]
-        for optimizer, group in groups.items():
-            parts += section(OPTIMIZERS[optimizer], group)
-    path = results_dir / "tables" / f"{EXPERIMENT}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(EXPERIMENT, "Noise put into clean text: who lets it through?", COMMAND, parts, records),
-                    encoding="utf-8", newline="\n")
-    return [path, *paths]
+    """The page and its figures, from the records alone."""
+    return write_page(results_dir, EXPERIMENT, "Noise put into clean text: who lets it through?", COMMAND, chapter)
 
 
 def method_text(record: dict) -> str:

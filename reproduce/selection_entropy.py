@@ -21,13 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from opus_bench.figures import OPTIMIZERS, draw_panels, look_of
-from opus_bench.results import load
 from opus_bench.selector import ARMS
 from opus_bench.tables import NONE, markdown
-from opus_bench.train import RunConfig
 from opus_bench.validation.selection_entropy import PAPER_SCORES, PAPER_TEMPERATURE, bound, units
 
-from .measurement import Measurement, newest, page
+from .measurement import Measurement, links, measurements, write_page
 from .runner import main
 from .scales import SCALES
 
@@ -58,13 +56,8 @@ def runs(options: argparse.Namespace) -> list[Measurement]:
     size = scale.run["proxy_size"]
     settings = {**SETTINGS[options.scale], "window": scale.window, "sketch_width": scale.sketch_width,
                 "proxy_sizes": {arm: 4 * size if arm == "calibrated" else size for arm in ARMS}}
-    return [
-        Measurement(EXPERIMENT, "opus_bench.validation.selection_entropy:measure",
-                    RunConfig("random", optimizer=optimizer, seed=seed, **scale.run), settings, scale.name,
-                    units(settings), DEVIATIONS)
-        for optimizer in options.optimizers or ("adamw", "muon")
-        for seed in range(options.seeds or SEEDS[options.scale])
-    ]
+    return measurements(options, EXPERIMENT, "opus_bench.validation.selection_entropy:measure", settings, units(settings),
+                SEEDS[options.scale], DEVIATIONS)
 
 
 def pooled(records: Sequence[dict], step: int, arm: str) -> dict[tuple[str, float], dict[str, float]]:
@@ -265,35 +258,27 @@ utility, as in the paper), in spreads (standard deviation of a buffer's utilitie
 in every draw so that the effective sample size is a share of the candidates left."""
 
 
+def chapter(groups: dict[str, list[dict]], scale: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """Figures and text of one scale (`measurement.Chapter`)."""
+    figures = [draw(groups, scale, folder / f"{EXPERIMENT}_{name}_{scale}.svg")
+               for name, draw in (("temperature", draw_entropy), ("gain", draw_gain))]
+    parts = [method_text(next(iter(groups.values()))), *links(figures),
+             f"### At the paper's temperature, {PAPER_TEMPERATURE:g}",
+             ("Means over buffers and seeds. Spread: standard deviation of a buffer's utilities, in the arm's own "
+              "units. The first row holds for any candidates with scores in that range."),
+             paper_table(groups), sentences(groups)]
+    for optimizer, group in groups.items():
+        target, corrupted = (100 * mean_of(group, f"{name}_offered") for name in ("target", "corrupted"))
+        parts += [f"### {OPTIMIZERS[optimizer]}, by temperature, after {stages_of(group)[-1]} updates",
+                  (f"Means over {_buffers(group)} buffers (seeds: {len(group)}). Of the candidates offered "
+                   f"{target:.1f} % are of the target domain and {corrupted:.1f} % corrupted."),
+                  temperature_table(group, stages_of(group)[-1])]
+    return figures, parts
+
+
 def write(results_dir: Path) -> list[Path]:
-    """The page and, for each scale, its two figures, from the records alone."""
-    records = newest(load(results_dir / "runs", EXPERIMENT))
-    paths, parts = [], []
-    for scale in sorted({r["scale"] for r in records}):
-        groups: dict[str, list[dict]] = defaultdict(list)
-        for record in sorted((r for r in records if r["scale"] == scale),
-                             key=lambda r: (r["config"]["optimizer"], r["config"]["seed"])):
-            groups[record["config"]["optimizer"]].append(record)
-        figures = [draw(groups, scale, results_dir / "figures" / f"{EXPERIMENT}_{name}_{scale}.svg")
-                   for name, draw in (("temperature", draw_entropy), ("gain", draw_gain))]
-        paths += figures
-        parts += [f"## {scale} scale", method_text(next(iter(groups.values()))),
-                  *(f"![{figure.stem}](../figures/{figure.name})" for figure in figures),
-                  f"### At the paper's temperature, {PAPER_TEMPERATURE:g}",
-                  ("Means over buffers and seeds. Spread: standard deviation of a buffer's utilities, in the arm's own "
-                   "units. The first row holds for any candidates with scores in that range."),
-                  paper_table(groups), sentences(groups)]
-        for optimizer, group in groups.items():
-            target, corrupted = (100 * mean_of(group, f"{name}_offered") for name in ("target", "corrupted"))
-            parts += [f"### {OPTIMIZERS[optimizer]}, by temperature, after {stages_of(group)[-1]} updates",
-                      (f"Means over {_buffers(group)} buffers (seeds: {len(group)}). Of the candidates offered "
-                       f"{target:.1f} % are of the target domain and {corrupted:.1f} % corrupted."),
-                      temperature_table(group, stages_of(group)[-1])]
-    path = results_dir / "tables" / f"{EXPERIMENT}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(EXPERIMENT, "Is temperature .9 a choice at all?", COMMAND, parts, records),
-                    encoding="utf-8", newline="\n")
-    return [path, *paths]
+    """The page and its figures, from the records alone."""
+    return write_page(results_dir, EXPERIMENT, "Is temperature .9 a choice at all?", COMMAND, chapter)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,12 @@ from matplotlib.lines import Line2D
 
 from opus_bench.figures import OPTIMIZERS, draw_panels
 from opus_bench.model import SIZES
-from opus_bench.results import load
 from opus_bench.tables import markdown
-from opus_bench.train import RunConfig
 from opus_bench.validation.sketch_error import ALL, Settings
 from opus_bench.validation.validate import FIVE_SIGMA, PAPER_WIDTH
 
-from .measurement import Measurement, newest, page
+from .measurement import Measurement, links, measurements, write_page
 from .runner import main
-from .scales import SCALES
 
 EXPERIMENT = "sketch_error"
 COMMAND = f"python -m reproduce.{EXPERIMENT}"
@@ -46,14 +43,9 @@ LOOKS = (("#56b4e9", "o"), ("#e69f00", "s"), ("#0072b2", "^"), ("#d55e00", "D"))
 
 def runs(options: argparse.Namespace) -> list[Measurement]:
     """One measurement for each optimizer and seed."""
-    scale, settings = SCALES[options.scale], SETTINGS[options.scale]
-    return [
-        Measurement(EXPERIMENT, f"opus_bench.validation.{EXPERIMENT}:measure",
-                    RunConfig("random", optimizer=optimizer, seed=seed, **scale.run), settings, scale.name,
-                    Settings(**settings).units, DEVIATIONS)
-        for optimizer in options.optimizers or ("adamw", "muon")
-        for seed in range(options.seeds or SEEDS)
-    ]
+    settings = SETTINGS[options.scale]
+    return measurements(options, EXPERIMENT, f"opus_bench.validation.{EXPERIMENT}:measure", settings,
+                Settings(**settings).units, SEEDS, DEVIATIONS)
 
 
 Cells = dict[tuple[int, int, str], list[dict]]  # updates, width, kind of weight -> rows
@@ -268,32 +260,24 @@ weight's size: the paper's width stands for GPT-2 XL if its angles are these, th
 one over the root of the size, as for unrelated directions."""
 
 
+def chapter(groups: dict[str, list[dict]], scale: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """Figures and text of one scale (`measurement.Chapter`)."""
+    figures = [draw(groups, scale, folder / f"{EXPERIMENT}_{name}_{scale}.svg")
+               for name, draw in (("width", draw_widths), ("weight", draw_weights))]
+    parts = [method_text(next(iter(groups.values()))), *links(figures)]
+    for optimizer, group in groups.items():
+        name, step = OPTIMIZERS[optimizer], group[0]["config"]["measured"]["stages"][-1]
+        parts += [f"### {name}", sentences(group),
+                  f"**{name}: all weights together.** Means over {len(group)} seed(s) of the model.",
+                  width_table(group),
+                  f"**{name}: single weights** after {step} updates, means over blocks and seeds.",
+                  weight_table(group)]
+    return figures, parts
+
+
 def write(results_dir: Path) -> list[Path]:
-    """The page and, for each scale, its two figures, from the records alone."""
-    records = newest(load(results_dir / "runs", EXPERIMENT))
-    paths, parts = [], []
-    for scale in sorted({r["scale"] for r in records}):
-        groups: dict[str, list[dict]] = defaultdict(list)
-        for record in sorted((r for r in records if r["scale"] == scale),
-                             key=lambda r: (r["config"]["optimizer"], r["config"]["seed"])):
-            groups[record["config"]["optimizer"]].append(record)
-        figures = [draw(groups, scale, results_dir / "figures" / f"{EXPERIMENT}_{name}_{scale}.svg")
-                   for name, draw in (("width", draw_widths), ("weight", draw_weights))]
-        paths += figures
-        parts += [f"## {scale} scale", method_text(next(iter(groups.values()))),
-                  *(f"![{figure.stem}](../figures/{figure.name})" for figure in figures)]
-        for optimizer, group in groups.items():
-            name, step = OPTIMIZERS[optimizer], group[0]["config"]["measured"]["stages"][-1]
-            parts += [f"### {name}", sentences(group),
-                      f"**{name}: all weights together.** Means over {len(group)} seed(s) of the model.",
-                      width_table(group),
-                      f"**{name}: single weights** after {step} updates, means over blocks and seeds.",
-                      weight_table(group)]
-    path = results_dir / "tables" / f"{EXPERIMENT}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(EXPERIMENT, "How far is a sketch from the exact utility?", COMMAND, parts, records),
-                    encoding="utf-8", newline="\n")
-    return [path, *paths]
+    """The page and its figures, from the records alone."""
+    return write_page(results_dir, EXPERIMENT, "How far is a sketch from the exact utility?", COMMAND, chapter)
 
 
 if __name__ == "__main__":

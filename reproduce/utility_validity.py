@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opus_bench.figures import OPTIMIZERS, draw_panels
-from opus_bench.results import load
 from opus_bench.tables import markdown
-from opus_bench.train import RunConfig
 from opus_bench.validation.agreement import difference_stderr
 from opus_bench.validation.utility_validity import PREDICTORS, TARGETS, Settings
 
-from .measurement import Measurement, newest, page
+from .measurement import Measurement, links, measurements, write_page
 from .runner import main
-from .scales import SCALES
 
 EXPERIMENT = "utility_validity"
 COMMAND = f"python -m reproduce.{EXPERIMENT}"
@@ -54,14 +51,9 @@ LOOKS = {  # of the predictors drawn: colour, dashes, width
 
 def runs(options: argparse.Namespace) -> list[Measurement]:
     """One measurement for each optimizer and seed."""
-    scale, settings = SCALES[options.scale], SETTINGS[options.scale]
-    measure, units = f"opus_bench.validation.{EXPERIMENT}:measure", Settings(**settings).units
-    return [
-        Measurement(EXPERIMENT, measure, RunConfig("random", optimizer=optimizer, seed=seed, **scale.run), settings,
-                    scale.name, units, DEVIATIONS)
-        for optimizer in options.optimizers or ("adamw", "muon")
-        for seed in range(options.seeds or 1)
-    ]
+    settings = SETTINGS[options.scale]
+    return measurements(options, EXPERIMENT, f"opus_bench.validation.{EXPERIMENT}:measure", settings,
+                Settings(**settings).units, 1, DEVIATIONS)
 
 
 class Estimate(NamedTuple):
@@ -257,25 +249,17 @@ def section(name: str, records: Sequence[dict]) -> list[str]:
     ]
 
 
+def chapter(groups: dict[str, list[dict]], scale: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """Figures and text of one scale (`measurement.Chapter`)."""
+    figures = [draw(groups, scale, by, folder / f"{EXPERIMENT}_{by}_{scale}.svg") for by in ("factor", "set_size")]
+    return figures, [method_text(next(iter(groups.values()))[0]), *links(figures),
+                     *(part for optimizer, group in groups.items() for part in section(OPTIMIZERS[optimizer], group))]
+
+
 def write(results_dir: Path) -> list[Path]:
-    """The page and, for each scale, its two figures, from the records alone."""
-    records = newest(load(results_dir / "runs", EXPERIMENT))
-    records.sort(key=lambda r: (r["scale"], r["config"]["optimizer"], r["config"]["seed"]))
-    paths, parts = [], []
-    for scale in sorted({r["scale"] for r in records}):
-        groups: dict[str, list[dict]] = defaultdict(list)
-        for record in (r for r in records if r["scale"] == scale):
-            groups[record["config"]["optimizer"]].append(record)
-        figures = [draw(groups, scale, by, results_dir / "figures" / f"{EXPERIMENT}_{by}_{scale}.svg")
-                   for by in ("factor", "set_size")]
-        paths += figures
-        parts += [f"## {scale} scale", method_text(next(iter(groups.values()))[0]),
-                  *(f"![{figure.stem}](../figures/{figure.name})" for figure in figures),
-                  *(part for optimizer, group in groups.items() for part in section(OPTIMIZERS[optimizer], group))]
-    text = page(EXPERIMENT, "Does the utility foretell what a real optimizer step does?", COMMAND, parts, records)
-    (path := results_dir / "tables" / f"{EXPERIMENT}.md").parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
-    return [path, *paths]
+    """The page and its figures, from the records alone."""
+    return write_page(results_dir, EXPERIMENT, "Does the utility foretell what a real optimizer step does?",
+                      COMMAND, chapter)
 
 
 def _measured(records: Sequence[dict]) -> dict:
