@@ -63,10 +63,13 @@ def ghost_inner_product(x: Factors, y: Factors) -> Float[Tensor, "n m"]:
 
 
 @outside_autocast
-def contract(gradient: PerSampleGradient, matrix: Float[Tensor, "o i"]) -> Float[Tensor, " n"]:
+def contract(
+    gradient: PerSampleGradient, matrix: Float[Tensor, "o i"], products: torch.dtype | None = None
+) -> Float[Tensor, " n"]:
     """<G_n, V> for every sample: sum_t left[n,t]^T V right[n,t], no gradient formed.
 
-    Exactness: exact up to rounding.
+    Exactness: exact up to rounding; V right is multiplied in the dtype ``products`` if one is given, and
+        what follows is summed in at least float32.
     Cost: O(n t o i) flops, as one forward of the layer, and O(n t o) memory; O(n t i) for an
         embedding.
     """
@@ -75,7 +78,11 @@ def contract(gradient: PerSampleGradient, matrix: Float[Tensor, "o i"]) -> Float
     for use in gradient.uses:
         left, right = wide(use.left), wide(use.right)
         if left.is_floating_point():
-            part = ((right @ matrix.T) * left).sum((1, 2))
+            if products is None:
+                product = right @ matrix.T
+            else:
+                product = wide(use.right.to(products) @ matrix.to(products).T)
+            part = (product * left).sum((1, 2))
         else:
             part = (matrix[left] * right).sum((1, 2))
         total = part if total is None else total + part
@@ -84,13 +91,22 @@ def contract(gradient: PerSampleGradient, matrix: Float[Tensor, "o i"]) -> Float
 
 
 @outside_autocast
-def rows(gradient: PerSampleGradient, start: int, stop: int) -> Float[Tensor, "n r i"]:
-    """Rows start..stop-1 of every sample's dense gradient; exact, O(n t r i) flops."""
+def rows(
+    gradient: PerSampleGradient, start: int, stop: int, products: torch.dtype | None = None
+) -> Float[Tensor, "n r i"]:
+    """Rows start..stop-1 of every sample's dense gradient; exact, O(n t r i) flops.
+
+    ``products``: dtype of the matrix products; the result is at least float32.
+    """
     total: Tensor | None = None
     for use in gradient.uses:
         left, right = use.left, wide(use.right)
         if left.is_floating_point():
-            part = torch.einsum("ntr,nti->nri", wide(left[:, :, start:stop]), right)
+            if products is None:
+                part = torch.einsum("ntr,nti->nri", wide(left[:, :, start:stop]), right)
+            else:
+                narrow = left[:, :, start:stop].to(products), use.right.to(products)
+                part = wide(torch.einsum("ntr,nti->nri", *narrow))
         else:
             n = len(left)
             inside = (left >= start) & (left < stop)
@@ -111,11 +127,11 @@ def mean(gradient: PerSampleGradient) -> Float[Tensor, "o i"]:
 
 
 def row_chunks(
-    gradient: PerSampleGradient, elements: int | None = None
+    gradient: PerSampleGradient, elements: int | None = None, products: torch.dtype | None = None
 ) -> Iterator[tuple[int, Float[Tensor, "n r i"]]]:
     """Dense gradients in chunks of rows, each of at most ``elements`` elements over all samples."""
     samples = len(gradient.uses[0].right)
     o, i = gradient.shape
     size = max(1, (elements or CHUNK_ELEMENTS) // max(1, samples * i))
     for start in range(0, o, size):
-        yield start, rows(gradient, start, min(o, start + size))
+        yield start, rows(gradient, start, min(o, start + size), products)

@@ -23,7 +23,7 @@ of them are taken in the parameter's dtype, at least float32 (ghost.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,7 @@ from .layers import kind_of, layer_names, parameter_names, refuse_compiled
 from .sequences import Sequences, as_sequences, sample_losses, token_losses
 
 __all__ = ["Factors", "PerSampleGradient", "capture", "curvature", "exact_per_sample_grads", "layer_names",
-           "mean_gradient", "parameter_names", "refuse_compiled", "sample_losses", "scoring_mode", "token_losses"]
+           "mean_gradient", "parameter_names", "refuse_compiled", "sample_losses", "scoring_mode", "stream", "token_losses"]
 
 Batch = Int[Tensor, "n t"] | Sequences
 
@@ -58,14 +58,12 @@ class PerSampleGradient:
     uses: tuple[Factors, ...]
 
 
+Consume = Callable[[str, PerSampleGradient], None]
+
+
 @contextmanager
 def scoring_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off while scoring; every module's training flag is put back as it was.
-
-    Raises:
-        ValueError: for a compiled model.
-    """
-    refuse_compiled(model)
+    """Dropout off while scoring; every module's training flag is put back as it was."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in flags:
@@ -77,13 +75,45 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a layer: its input and its output, still part of the graph."""
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; in the backward it hands (a, b) on.
 
-    layer: str
-    a: Tensor
-    output: Tensor
+    ``token`` stands for every tapped layer: asking for its gradient runs the backward through all taps and
+    no further, and none of what passes is kept.  ``a`` is a saved tensor, so activation checkpointing drops
+    and recomputes it as it does the layer's own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, a: Tensor, token: Tensor, visit: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(a)
+        ctx.visit = visit
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.visit(ctx.saved_tensors[0], grads[0])
+        return grads[0], None, None, None
+
+
+def stream(
+    model: nn.Module, batch: Batch, layers: Sequence[str], consume: Consume, label_shift: int = 1
+) -> Float[Tensor, " n"]:
+    """One forward and one backward; every use of a weight is handed to ``consume`` when the backward meets it.
+
+    ``consume(name, gradient)`` gets the parameter's name and one use's factors, the last layer's first; a tied
+    weight comes once per use, and its gradient is their sum.  What consume does not keep is freed at once, so
+    memory is that of a plain backward without weight gradients.  Returns the samples' losses (nat/token).
+
+    Exactness, cost, side effects and errors: as ``capture``.
+    """
+    canonical = {id(p): name for name, p in model.named_parameters()}
+
+    def visit(call: int, module: nn.Module, a: Tensor, b: Tensor) -> None:
+        for parameter, factors in _factors(module, a, b):
+            shape = (parameter.shape[0], parameter.shape[1] if parameter.ndim == 2 else 1)
+            consume(canonical[id(parameter)], PerSampleGradient(shape, (factors,)))
+
+    return _observed_backward(model, as_sequences(batch), layers, label_shift, visit)
 
 
 def capture(
@@ -94,30 +124,70 @@ def capture(
     Exactness: the factors are those of autograd; nothing is approximated.  Under an autocast of the
         caller's the forward runs in its dtype, and the factors are of that computation.
     Cost: one forward and the backward to activations only (no weight gradient is formed);
-        memory O(n t (o + i)) per layer on top of the activations.
+        memory O(n t (o + i)) per layer on top of the activations (``stream`` keeps none of it).
     Leaves ``.grad``, training flags and RNGs as they were.
 
     Raises:
         ValueError: if a named layer was not called, or got no gradient, or ran without autograd, or
             is a norm of another form than weight * f(input) + bias, or the model is compiled.
     """
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    calls: dict[int, list[tuple[nn.Parameter, Factors]]] = {}
+
+    def visit(call: int, module: nn.Module, a: Tensor, b: Tensor) -> None:
+        calls[call] = list(_factors(module, a, b))
+
+    _observed_backward(model, as_sequences(batch), layers, label_shift, visit)
+    uses: dict[str, list[Factors]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for call in sorted(calls):  # in the order of the forward
+        for parameter, factors in calls[call]:
+            name = canonical[id(parameter)]
+            uses.setdefault(name, []).append(factors)
+            shapes[name] = (parameter.shape[0], parameter.shape[1] if parameter.ndim == 2 else 1)
+    return {name: PerSampleGradient(shapes[name], tuple(uses[name])) for name in uses}
+
+
+def _observed_backward(
+    model: nn.Module, sequences: Sequences, layers: Sequence[str], label_shift: int,
+    visit: Callable[[int, nn.Module, Tensor, Tensor], None],
+) -> Tensor:
+    """Losses of the samples; ``visit(call, module, a, b)`` is called in the backward, b of summed losses."""
     refuse_compiled(model)
-    sequences = as_sequences(batch)
     modules = dict(model.named_modules())
-    calls: list[_Call] = []
+    called: list[str] = []
+    cut: list[str] = []
+    met: set[int] = set()
+    token = torch.zeros((), requires_grad=True, device=sequences.tokens.device)
     observing = True  # activation checkpointing calls the hooks once more in the backward
+    checking: list[str] = []  # the norm that is being called by ``_normalised``
 
     def observe(name: str, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Note input and output of one call; a call shared by all samples is made one per sample."""
+        """Tap one call; a call shared by all samples is made one per sample."""
+        if checking:
+            return output
         a = args[0] if args else next(iter(kwargs.values()))
         if len(output) == 1 < len(sequences):  # position embeddings are looked up once and broadcast
             a, output = (x.expand(len(sequences), *x.shape[1:]) for x in (a, output))
         if output.ndim < 3 or len(output) != len(sequences):
             raise ValueError(f"layer {name!r} has output {tuple(output.shape)} for {len(sequences)} "
                              "samples; only (samples, positions, ..., features) can be scored")
+        a = a.detach()
+        if kind_of(modules[name]) == "norm":
+            checking.append(name)
+            a = _normalised(name, modules[name], a, output)
+            checking.clear()
+        call = len(called)
         if observing:
-            calls.append(_Call(name, a.detach(), output))
-        return output
+            called.append(name)
+            if not output.requires_grad:
+                cut.append(name)
+
+        def visited(a: Tensor, b: Tensor) -> None:
+            met.add(call)
+            visit(call, modules[name], a, b)
+
+        return _Tap.apply(output, a, token, visited)
 
     handles = [
         modules[name].register_forward_hook(
@@ -129,35 +199,25 @@ def capture(
         with scoring_mode(model):
             losses = sample_losses(model, sequences, label_shift)
             observing = False
-            silent = set(layers) - {call.layer for call in calls}
+            silent = set(layers) - set(called)
             if silent:
                 raise ValueError(f"layers {sorted(silent)} were not called by the forward pass")
-            cut = [call.layer for call in calls if not call.output.requires_grad]
             if cut:
                 raise ValueError(f"layers {cut} ran without autograd; use_reentrant=False if they are checkpointed, "
                                  "and let at least one of their parameters be trained")
-            grads = torch.autograd.grad(losses.sum(), [call.output for call in calls], allow_unused=True)
+            torch.autograd.grad(losses.sum(), token, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    dead = [call.layer for call, grad in zip(calls, grads) if grad is None]
+    dead = [name for call, name in enumerate(called) if call not in met]
     if dead:
         raise ValueError(f"layers {dead} got no gradient: the loss does not depend on them")
-
-    canonical = {id(p): name for name, p in model.named_parameters()}
-    uses: dict[str, list[Factors]] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for call, b in zip(calls, grads):
-        for parameter, factors in _factors(modules[call.layer], call, b):
-            name = canonical[id(parameter)]
-            uses.setdefault(name, []).append(factors)
-            shapes[name] = (parameter.shape[0], parameter.shape[1] if parameter.ndim == 2 else 1)
-    return {name: PerSampleGradient(shapes[name], tuple(uses[name])) for name in uses}
+    return losses.detach()
 
 
-def _factors(module: nn.Module, call: _Call, b: Tensor) -> Iterator[tuple[nn.Parameter, Factors]]:
-    """The module's trained parameters with the factors of this call (module legend)."""
-    a = call.a if isinstance(module, nn.Embedding) else call.a.to(b.dtype)  # as autocast computed it
+def _factors(module: nn.Module, a: Tensor, b: Tensor) -> Iterator[tuple[nn.Parameter, Factors]]:
+    """The module's trained parameters with the factors of one call (module legend); a norm's a is normalised."""
+    a = a if isinstance(module, nn.Embedding) else a.to(b.dtype)  # as autocast computed it
     weight: Any = module.weight  # of a kind that layers.kind_of knows
     bias: Any = getattr(module, "bias", None)
 
@@ -167,7 +227,7 @@ def _factors(module: nn.Module, call: _Call, b: Tensor) -> Iterator[tuple[nn.Par
 
     if weight.requires_grad:
         if kind_of(module) == "norm":
-            yield weight, per_feature(_normalised(module, call) * b)
+            yield weight, per_feature(a * b)
         else:
             columns = a.flatten(1) if isinstance(module, nn.Embedding) else a.flatten(1, -2)
             rows = b.flatten(1, -2)
@@ -177,18 +237,18 @@ def _factors(module: nn.Module, call: _Call, b: Tensor) -> Iterator[tuple[nn.Par
         yield bias, per_feature(b)
 
 
-def _normalised(module: nn.Module, call: _Call) -> Tensor:
+def _normalised(name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor:
     """x in output = weight * x + bias, from the module itself with weight 1 and bias 0; checked."""
     values = {k: p.detach() for k, p in module.named_parameters(recurse=False)}
     zero = {k: torch.zeros_like(p) for k, p in values.items()}
     with torch.no_grad():
-        nothing = torch.func.functional_call(module, zero, (call.a,))
-        x = torch.func.functional_call(module, zero | {"weight": torch.ones_like(values["weight"])}, (call.a,))
+        nothing = torch.func.functional_call(module, zero, (a,))
+        x = torch.func.functional_call(module, zero | {"weight": torch.ones_like(values["weight"])}, (a,))
         again = x * values["weight"] + values.get("bias", 0)
         # rounding of a product and a sum, and of x once more; ten times that for orders of operations
-        tolerance = 10 * torch.finfo(call.output.dtype).eps * again.abs().max()
-        if nothing.any() or not (again - call.output).abs().max() <= tolerance:
-            raise ValueError(f"layer {call.layer!r} is a {type(module).__name__} whose output is not "
+        tolerance = 10 * torch.finfo(output.dtype).eps * again.abs().max()
+        if nothing.any() or not (again - output).abs().max() <= tolerance:
+            raise ValueError(f"layer {name!r} is a {type(module).__name__} whose output is not "
                              "weight * f(input) + bias; leave it out by naming layers")
     return x
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -21,12 +22,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from . import sampling
-from .ghost import mean, outside_autocast
+from .ghost import mean, outside_autocast, wide
 from .gradients import PerSampleGradient, capture, curvature, mean_gradient
 from .layers import layer_names, parameter_names
+from .optimizer_map import adjoint
 from .preconditioner import Preconditioner, preconditioners
 from .sequences import Sequences, as_sequences
-from .utility import Utility, check_utilities, exact_utility, sketched_utility
+from .streamed import forward_alignment, streamed_alignment, streamed_sketch
+from .utility import Utility, Weights, check_utilities, exact_utility, sketched_utility
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,11 @@ class Opus:
     preconditioner: Literal["frozen", "adjoint", "identity"] = "frozen"
     # "frozen": P_t [P].  "adjoint": alignment along J^T g_proxy, J the derivative of the optimizer's real
     # map at the candidates' mean gradient (ours; exact estimator only).  "identity": as for SGD.
-    estimator: Literal["exact", "sketch"] = "sketch"  # [P] sketch; the exact costs no more (ours)
+    estimator: Literal["exact", "sketch", "forward"] = "sketch"  # [P] sketch; the exact costs no more (ours)
+    # "forward": alignment alone as a central difference of losses, two forwards and no backward (ours)
+    scoring_dtype: Literal["model", "bfloat16"] = "model"  # bfloat16: scoring under autocast, products included (ours)
+    microbatch: int | None = None  # candidates in one pass; None: all.  Bounds memory but for the exact Gram (ours)
+    relative_step: float = 3e-3  # of "forward": length of the difference / norm of the scored weights (ours)
     sketch_width: int = 8192  # buckets per weight [P]
     sketch_seed: int = 42  # [C]
     label_shift: int = 1  # 1: next token; 2: the token after it [C]
@@ -126,8 +133,19 @@ class Opus:
             raise ValueError(f"redundancy must be 'paper', 'measured' or a number, got {self.redundancy!r}")
         if self.sampling not in ("boltzmann", "greedy", "top_k"):
             raise ValueError(f"sampling must be boltzmann, greedy or top_k, got {self.sampling!r}")
-        if self.estimator not in ("exact", "sketch"):
-            raise ValueError(f"estimator must be exact or sketch, got {self.estimator!r}")
+        if self.estimator not in ("exact", "sketch", "forward"):
+            raise ValueError(f"estimator must be exact, sketch or forward, got {self.estimator!r}")
+        if self.scoring_dtype not in ("model", "bfloat16"):
+            raise ValueError(f"scoring_dtype must be model or bfloat16, got {self.scoring_dtype!r}")
+        if self.microbatch is not None and self.microbatch < 1:
+            raise ValueError(f"microbatch must be at least 1 candidate, got {self.microbatch}")
+        if not self.relative_step > 0:
+            raise ValueError(f"relative_step must be positive, got {self.relative_step}")
+        if self.estimator == "forward" and self.redundancy != 0:
+            raise ValueError("estimator='forward' gives alignment alone; set redundancy=0, or take 'exact' or 'sketch'")
+        if self.microbatch is not None and self._needs_all_at_once:
+            raise ValueError("the exact Gram, the measured curvature and the adjoint need all candidates' factors at "
+                             "once; leave microbatch out, set redundancy=0, or take estimator='sketch'")
         if self.preconditioner not in ("frozen", "adjoint", "identity"):
             raise ValueError(f"preconditioner must be frozen, adjoint or identity, got {self.preconditioner!r}")
         if self.preconditioner == "adjoint" and self.estimator != "exact":
@@ -180,19 +198,67 @@ class Opus:
         p = outside_autocast(preconditioners)(state.optimizers, parameters)
         if self.preconditioner == "identity":
             p = {k: Preconditioner(learning_rate=v.learning_rate) for k, v in p.items()}
-        if self._proxy_gradient is None or state.step % self.proxy_every == 0:
-            self._proxy_gradient, _ = mean_gradient(state.model, proxy_batch, names, self.label_shift)
-        proxy = self._proxy_gradient
         window = as_sequences(candidates).window(self.window)
-        gradients = capture(state.model, window, names, self.label_shift)
+        with self._dtype(window.tokens.device):
+            if self._proxy_gradient is None or state.step % self.proxy_every == 0:
+                self._proxy_gradient, _ = mean_gradient(state.model, proxy_batch, names, self.label_shift)
+            if self._needs_all_at_once:
+                return self._captured(window, proxy_batch, size, state, names, parameters, p)
+            return self._streamed(window, state, names, parameters, p)
 
-        eta = {k: v.learning_rate if self.utility_scale == "learning_rate" else 1.0
-               for k, v in p.items()}
-        scale = {k: 1 / math.sqrt(math.prod(g.shape)) if self.layer_scaling else 1.0
-                 for k, g in gradients.items()}
-        alignment_weights = {k: eta[k] * scale[k] for k in p}
+    @property
+    def _needs_all_at_once(self) -> bool:
+        exact_gram = self.estimator == "exact" and self.redundancy != 0
+        return exact_gram or self.redundancy == "measured" or self.preconditioner == "adjoint"
+
+    @property
+    def _products(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.scoring_dtype == "bfloat16" else None
+
+    def _dtype(self, device: torch.device) -> AbstractContextManager:
+        if self._products is None:
+            return nullcontext()
+        return torch.autocast(device.type, self._products)
+
+    def _weights(self, p: dict[str, Preconditioner], parameters: dict[str, nn.Parameter]) -> tuple[Weights, Weights]:
+        """Weights of alignment and redundancy per parameter (Eq 23; [C] with its layer scaling)."""
+        eta = {k: v.learning_rate if self.utility_scale == "learning_rate" else 1.0 for k, v in p.items()}
+        scale = {k: 1 / math.sqrt(w.numel()) if self.layer_scaling else 1.0 for k, w in parameters.items()}
         power = 2 if self.redundancy == "paper" else 1
-        redundancy_weights = {k: eta[k] ** power * scale[k] ** 2 for k in p}
+        return {k: eta[k] * scale[k] for k in p}, {k: eta[k] ** power * scale[k] ** 2 for k in p}
+
+    def _streamed(
+        self, window: Sequences, state: TrainState, names: list[str], parameters: dict[str, nn.Parameter],
+        p: dict[str, Preconditioner],
+    ) -> Utility:
+        """Alignment, or sketches, in one pass and bounded memory."""
+        proxy = self._proxy_gradient
+        assert proxy is not None
+        alignment_weights, redundancy_weights = self._weights(p, parameters)
+        if self.estimator == "sketch":
+            weight = 1.0 if isinstance(self.redundancy, str) else float(self.redundancy)
+            utility = streamed_sketch(
+                state.model, window, names, proxy, p, alignment_weights, redundancy_weights if weight else None,
+                self.sketch_width, self.sketch_seed, self.label_shift, self.microbatch)
+            return replace(utility, redundancy_weight=weight)
+        directions = {k: alignment_weights[k] * outside_autocast(p[k])(wide(g)) for k, g in proxy.items()}
+        if self.estimator == "forward":
+            alignment = forward_alignment(state.model, window, parameters, directions, self.relative_step,
+                                          self.label_shift, self.microbatch)
+        else:
+            alignment = streamed_alignment(state.model, window, names, directions, self.label_shift,
+                                           self.microbatch, self._products)
+        return Utility(alignment, None, 0.0)
+
+    def _captured(
+        self, window: Sequences, proxy_batch: Sequences, size: int, state: TrainState, names: list[str],
+        parameters: dict[str, nn.Parameter], p: dict[str, Preconditioner],
+    ) -> Utility:
+        """What needs all candidates' factors at once: the exact Gram, the measured curvature, the adjoint."""
+        proxy = self._proxy_gradient
+        assert proxy is not None
+        gradients = capture(state.model, window, names, self.label_shift)
+        alignment_weights, redundancy_weights = self._weights(p, parameters)
         weight = 1.0
         if self.redundancy == "measured":
             weight = self._measured_curvature(state, gradients, p, proxy_batch) / size
@@ -202,9 +268,8 @@ class Opus:
         if self.estimator == "exact":
             directions = None
             if self.preconditioner == "adjoint":
-                from .optimizer_map import adjoint
                 directions = adjoint(state.optimizers, parameters, {k: mean(g) for k, g in gradients.items()}, proxy)
-            utility = exact_utility(*options, directions)
+            utility = exact_utility(*options, directions, self._products)
         else:
             utility = sketched_utility(*options, self.sketch_width, self.sketch_seed)
         return replace(utility, redundancy_weight=weight)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .ghost import row_chunks
+from .ghost import row_chunks, wide
 from .gradients import PerSampleGradient
 from .preconditioner import Preconditioner
 
@@ -86,7 +86,7 @@ def sketch_gradients(
     Cost: O(n t o i + n o i) flops; memory bounded by the row chunks of ``ghost.row_chunks``.
     """
     samples, columns = len(gradient.uses[0].right), gradient.shape[1]
-    total = gradient.uses[0].right.new_zeros(samples, width)
+    total = wide(gradient.uses[0].right).new_zeros(samples, width)
     for start, dense in row_chunks(preconditioner.on_left(gradient)):
         update = preconditioner.on_rows(dense, start)
         total += count_sketch(update.flatten(1), width, seed, start * columns)

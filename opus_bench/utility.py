@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .ghost import contract, outside_autocast, row_chunks
+from .ghost import contract, outside_autocast, row_chunks, wide
 from .gradients import PerSampleGradient
 from .preconditioner import Preconditioner
 from .sketch import count_sketch, sketch_gradients
@@ -49,25 +49,32 @@ def exact_utility(
     alignment_weights: Weights,
     redundancy_weights: Weights | None,
     directions: dict[str, Float[Tensor, "o i"]] | None = None,
+    products: torch.dtype | None = None,
 ) -> Utility:
-    """Alignment by contraction with P_t g_proxy; Gram by dense rows in bounded chunks.
+    """Alignment by contraction with P_t g_proxy; with a Gram, both from dense rows in bounded chunks.
 
     ``directions``, where given, take the place of P_t g_proxy in the alignment (the adjoint of the
     optimizer's real map, optimizer_map.py).
 
     Exactness: exact up to rounding in the model's dtype; checked against autograd in float64.
+        ``products`` in bfloat16: each product of a, b and updates is rounded to 8 bits of mantissa.
     Cost: alignment as one forward of the scored layers; the Gram O(n t o i + n^2 o i) flops and
-        bounded memory.  ``redundancy_weights`` None skips the Gram.
+        bounded memory, alignment included unless there are directions.  ``redundancy_weights`` None skips the Gram.
     """
     alignment, gram = _nothing(candidates)
     for name, gradient in candidates.items():
         p = preconditioners[name]
-        direction = p(proxy_gradient[name]) if directions is None else directions[name]  # P_t is symmetric
-        alignment = alignment + alignment_weights[name] * contract(gradient, direction).double()
+        if redundancy_weights is None or directions is not None:
+            direction = p(proxy_gradient[name]) if directions is None else directions[name]  # P_t is symmetric
+            alignment = alignment + alignment_weights[name] * contract(gradient, direction, products).double()
         if redundancy_weights is not None:
-            for start, dense in row_chunks(p.on_left(gradient)):
+            for start, dense in row_chunks(p.on_left(gradient), products=products):
                 update = p.on_rows(dense, start).flatten(1)
-                gram = gram + redundancy_weights[name] * (update @ update.T).double()
+                if directions is None:
+                    proxy = proxy_gradient[name][start : start + dense.shape[1]].flatten().to(update.dtype)
+                    alignment = alignment + alignment_weights[name] * (update @ proxy).double()
+                narrow = update if products is None else update.to(products)
+                gram = gram + redundancy_weights[name] * (narrow @ narrow.T).double()
     return Utility(alignment.cpu(), None if redundancy_weights is None else gram.cpu())
 
 
@@ -92,7 +99,7 @@ def sketched_utility(
     for name, gradient in candidates.items():
         layer_seed = seed + crc32(name.encode())
         features = sketch_gradients(gradient, preconditioners[name], width, layer_seed)
-        proxy = count_sketch(proxy_gradient[name].reshape(1, -1), width, layer_seed)
+        proxy = count_sketch(wide(proxy_gradient[name]).reshape(1, -1), width, layer_seed)
         alignment = alignment + alignment_weights[name] * (features @ proxy[0]).double()
         if redundancy_weights is not None:
             gram = gram + redundancy_weights[name] * (features @ features.T).double()

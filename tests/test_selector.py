@@ -223,7 +223,7 @@ def test_the_papers_temperature_on_raw_utilities_is_uniform_and_ours_is_not(mode
     ({"sketch_width": 0}, "sketch_width must be at least 1, got 0"),
     ({"redundancy": "none"}, "redundancy must be 'paper', 'measured' or a number, got 'none'"),
     ({"sampling": "best"}, "sampling must be boltzmann, greedy or top_k, got 'best'"),
-    ({"estimator": "guess"}, "estimator must be exact or sketch, got 'guess'"),
+    ({"estimator": "guess"}, "estimator must be exact, sketch or forward, got 'guess'"),
 ])
 def test_a_bad_knob_is_refused_when_the_selector_is_built(options, words):
     with pytest.raises(ValueError, match=words):

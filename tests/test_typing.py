@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPED = ("gradients", "ghost", "layers", "sequences", "sketch", "preconditioner", "optimizer_map", "utility",
-          "sampling", "selector")
+          "streamed", "sampling", "selector")
 HOOK = ",".join([*(f"opus_bench.{name}" for name in SHAPED), "beartype.beartype"])
 
 

@@ -1,0 +1,185 @@
+"""Utilities in one pass and bounded memory: what a layer's (a, b) are needed for is done when the backward meets it.
+
+Candidates go through the model in microbatches, and nothing but n numbers (alignment) or n sketches is kept, so
+peak memory does not depend on how many candidates there are.  ``forward_alignment`` needs no backward at all.
+The same quantities from captured factors, and the exact Gram, which needs all candidates at once, are in
+utility.py; axes as in gradients.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from zlib import crc32
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .ghost import contract, outside_autocast, wide
+from .gradients import PerSampleGradient, sample_losses, scoring_mode, stream
+from .preconditioner import Preconditioner
+from .sequences import Sequences, as_sequences
+from .sketch import count_sketch, sketch_gradients
+from .utility import Utility
+
+Batch = Int[Tensor, "n t"] | Sequences
+
+
+def microbatches(batch: Batch, size: int | None) -> Iterator[tuple[slice, Sequences]]:
+    """Consecutive parts of at most ``size`` samples (None: one part) with their places in the batch.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"microbatch must be at least 1 candidate, got {size}")
+    sequences = as_sequences(batch)
+    step = size or max(1, len(sequences))
+    for start in range(0, len(sequences), step):
+        part = slice(start, min(start + step, len(sequences)))
+        yield part, sequences[part]
+
+
+def streamed_alignment(
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[str],
+    directions: Mapping[str, Float[Tensor, "o i"]],
+    label_shift: int = 1,
+    microbatch: int | None = None,
+    products: torch.dtype | None = None,
+) -> Float[Tensor, " n"]:
+    """<G_n, V> summed over the layers' parameters, V = ``directions`` with all weights in it; float64.
+
+    Args:
+        directions: by parameter name, w_l P_t g_proxy or an adjoint.
+        microbatch: candidates in one forward and backward; None: all.
+        products: dtype of the contraction's matrix products; None: the factors', at least float32.
+
+    Exactness: that of ``ghost.contract``; products in bfloat16 round V, a and V a to 8 bits of mantissa, an
+        error of independent roundings that is measured by ``python -m benchmarks.scoring``.
+    Cost: one forward, one backward to activations, and 2 t o i flops a candidate and weight; memory of one
+        microbatch's backward without weight gradients.
+    """
+    narrow = {k: v if products is None else v.to(products) for k, v in directions.items()}
+    total = torch.zeros(len(as_sequences(batch)), dtype=torch.float64)
+    for part, sequences in microbatches(batch, microbatch):
+        sums: list[Tensor] = []
+
+        def consume(name: str, gradient: PerSampleGradient, sums: list[Tensor] = sums) -> None:
+            sums.append(contract(gradient, narrow[name], products).double())
+
+        stream(model, sequences, layers, consume, label_shift)
+        total[part] = torch.stack(sums).sum(0).cpu()
+    return total
+
+
+def streamed_sketch(
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[str],
+    proxy_gradient: Mapping[str, Float[Tensor, "o i"]],
+    preconditioners: Mapping[str, Preconditioner],
+    alignment_weights: Mapping[str, float],
+    redundancy_weights: Mapping[str, float] | None,
+    width: int = 8192,
+    seed: int = 42,
+    label_shift: int = 1,
+    microbatch: int | None = None,
+) -> Utility:
+    """``utility.sketched_utility`` without captured factors: equal to it up to the order of sums.
+
+    Memory: one microbatch's backward, and n * width numbers per weight.
+    """
+    n = len(as_sequences(batch))
+    features: dict[str, Tensor] = {}
+
+    def seed_of(name: str) -> int:
+        return seed + crc32(name.encode())
+
+    for part, sequences in microbatches(batch, microbatch):
+
+        def consume(name: str, gradient: PerSampleGradient, part: slice = part) -> None:
+            found = outside_autocast(sketch_gradients)(gradient, preconditioners[name], width, seed_of(name))
+            if name not in features:
+                features[name] = found.new_zeros(n, width)
+            features[name][part] += found
+
+        stream(model, sequences, layers, consume, label_shift)
+    if not features:
+        raise ValueError("no parameter to score")
+    alignment, gram = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+    for name in reversed(features):  # in the order of the model
+        x = features[name]
+        proxy = count_sketch(wide(proxy_gradient[name]).reshape(1, -1), width, seed_of(name))
+        alignment += alignment_weights[name] * (x @ proxy[0]).double().cpu()
+        if redundancy_weights is not None:
+            gram += redundancy_weights[name] * (x @ x.T).double().cpu()
+    return Utility(alignment, None if redundancy_weights is None else gram)
+
+
+@contextmanager
+def moved(
+    parameters: Mapping[str, nn.Parameter], directions: Mapping[str, Float[Tensor, "o i"]]
+) -> Iterator[Callable[[float], None]]:
+    """``set_to(c)`` puts every parameter to theta + c V; on leaving they are theta again, bit for bit.
+
+    Memory: one copy of the parameters.
+    """
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def set_to(c: float) -> None:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name] + c * directions[name].reshape(p.shape))
+
+    try:
+        yield set_to
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])
+
+
+def forward_alignment(
+    model: nn.Module,
+    batch: Batch,
+    parameters: Mapping[str, nn.Parameter],
+    directions: Mapping[str, Float[Tensor, "o i"]],
+    relative_step: float = 3e-3,
+    label_shift: int = 1,
+    microbatch: int | None = None,
+) -> Float[Tensor, " n"]:
+    """<G_n, V> as a central difference of the losses along V: two forwards, no backward, no hooks; float64.
+
+        (L_n(theta + eps V) - L_n(theta - eps V)) / (2 eps),   eps |V| = relative_step |theta|
+
+    Works on whatever runs forward: compiled or sharded models, fused attention, layers that cannot be observed.
+
+    Exactness: bias eps^2 / 6 times the third derivative along V; noise of the losses' rounding over eps.  Both
+        are measured by ``python -m benchmarks.scoring``; smaller steps suit float32, larger ones bfloat16.
+    Cost: two forwards, three passes over the parameters and one copy of them.  They are restored bit for bit,
+        also when a forward raises.
+
+    Raises:
+        ValueError: for a relative step that is not positive, and for a V that is zero or not finite.
+    """
+    if not relative_step > 0:
+        raise ValueError(f"relative_step must be positive, got {relative_step}")
+
+    def norm(tensors: Sequence[Tensor]) -> float:
+        return float(sum((x.detach().double() ** 2).sum() for x in tensors)) ** 0.5
+
+    length = norm([directions[name] for name in parameters])
+    if not 0 < length < float("inf"):
+        raise ValueError(f"the direction's norm is {length}; no difference can be taken along it")
+    size = norm(list(parameters.values()))
+    eps = relative_step * (size or 1.0) / length
+    total = torch.zeros(len(as_sequences(batch)), dtype=torch.float64)
+    with scoring_mode(model), torch.no_grad(), moved(parameters, directions) as set_to:
+        for sign in (1, -1):
+            set_to(sign * eps)
+            for part, sequences in microbatches(batch, microbatch):
+                total[part] += sign * sample_losses(model, sequences, label_shift).double().cpu() / (2 * eps)
+    return total
