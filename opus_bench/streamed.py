@@ -133,6 +133,7 @@ def moved(
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(before[name] + c * directions[name].reshape(p.shape))
+        torch.clear_autocast_cache()  # an autocast of the caller's keeps narrow copies of weights
 
     try:
         yield set_to
@@ -140,6 +141,7 @@ def moved(
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(before[name])
+        torch.clear_autocast_cache()
 
 
 def forward_alignment(

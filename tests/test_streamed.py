@@ -89,6 +89,19 @@ def test_the_central_difference_is_of_second_order_and_restores_the_weights():
     assert all(torch.equal(p, before[k]) for k, p in problem.model.named_parameters())
 
 
+def test_the_central_difference_moves_the_weights_that_autocast_computes_with():
+    model, optimizer = reference()
+    state = TrainState(model, optimizer, 0, torch.randint(128, (2, 64)))
+    batch = torch.randint(128, (8, 64))
+    exact, narrow = (
+        Opus.arm("calibrated", layers="blocks", window=64, **options).utilities(batch, 4, state).alignment
+        for options in ({}, {"estimator": "forward", "scoring_dtype": "bfloat16", "relative_step": 3e-2})
+    )
+    assert torch.corrcoef(torch.stack([exact, narrow]))[0, 1] > 0.5  # a stale copy of the weights gives zeros
+    again = Opus.arm("calibrated", layers="blocks", window=64).utilities(batch, 4, state).alignment
+    assert torch.equal(again, exact)
+
+
 def test_weights_are_restored_bit_for_bit_when_a_forward_raises():
     problem = Problem()
     before = {k: p.detach().clone() for k, p in problem.model.named_parameters()}
