@@ -150,7 +150,7 @@ def separable(size: int, products: torch.dtype) -> Score:
             if scales is not None:
                 a, b = a * scales[0][:, None], b * scales[1][:, None]
             left, right = use.left.to(products) @ a.to(products), use.right.to(products) @ b.to(products)
-            features[name] = torch.einsum("ntp,ntq->npq", left, right).reshape(n, -1).float() * p[name].scale
+            features[name] = torch.einsum("ntp,ntq->npq", left, right).reshape(n, -1).to(gradient[name].dtype) * p[name].scale
 
         stream(problem.model, candidates, names, consume)
         alignment, gram = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)

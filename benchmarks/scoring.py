@@ -340,6 +340,7 @@ def main() -> int:
               f"{shape.candidates} candidates, {options.repeats} turns of {len(ESTIMATORS)} estimators")
         if options.dry_run:
             return 0
+        shape.check_device()
         torch.set_num_threads(options.threads)
         effort = Effort(options.buffers, options.repeats)
         corpus = build_corpus(CORPUS)

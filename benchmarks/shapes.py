@@ -38,14 +38,18 @@ class Shape:
         """What the plain step computes in."""
         return "bfloat16 autocast" if self.device == "cuda" and self.dtype == "float32" else self.dtype
 
+    def check_device(self) -> None:
+        """Raise ValueError if this machine has no such device."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"shape {self.name} needs a GPU and there is none; take --shape A")
+
     def build(self) -> nn.Module:
         """The model with random weights on the shape's device.
 
         Raises:
             ValueError: no such device here.
         """
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"shape {self.name} needs a GPU and there is none; take --shape A")
+        self.check_device()
         torch.manual_seed(0)
         previous = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, self.dtype))

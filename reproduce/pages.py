@@ -24,7 +24,9 @@ from .measurement import newest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("table3", "table7", "table8", "ablations", "offline_suite", "sketch_error", "noise_budget",
-           "utility_validity", "selection_entropy", "noise_injection", "muon_map")
+           "utility_validity", "selection_entropy", "noise_injection", "muon_map", "scoring", "overhead")
+ELSEWHERE = {"scoring": "benchmarks.scoring"}  # modules that are not reproduce.<name>
+READS = {"overhead": "scoring"}  # experiments whose records a page is made from, where it has another name
 MARKERS = ("<!-- instrument -->", "<!-- end of instrument -->")
 Cell = Callable[[list[dict]], str]
 
@@ -115,10 +117,12 @@ def write(results_dir: Path, scripts: Sequence[str] = SCRIPTS) -> tuple[list[Pat
     """Pages and figures of every script that has records, and the README's blocks; and what was not run."""
     paths, missing = [], []
     for name in scripts:
-        if not load(results_dir / "runs", name):
-            missing.append(f"{name}: not run: no record; `python -m reproduce.{name} --scale smoke` makes them")
+        module = ELSEWHERE.get(name, f"reproduce.{name}")
+        if not load(results_dir / "runs", READS.get(name, name)):
+            options = "" if name in ELSEWHERE or name in READS else " --scale smoke"
+            missing.append(f"{name}: not run: no record; `python -m {module}{options}` makes them")
             continue
-        paths += importlib.import_module(f"reproduce.{name}").write(results_dir)
+        paths += importlib.import_module(module).write(results_dir)
     readme = results_dir.absolute().parent / "README.md"
     if readme.exists() and MARKERS[0] in readme.read_text(encoding="utf-8"):
         update_readme(readme, MARKERS, instrument_block(results_dir))

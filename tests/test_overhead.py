@@ -18,8 +18,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opus_bench.model import OpusGPT2, OpusGPT2Config
 from opus_bench.schema import RecordError
 from opus_bench.validation.problem import scoring
+from reproduce import counts
 from reproduce import overhead as subject
-from reproduce.overhead import ESTIMATORS, LARGE, SHAPES, XL, Shape, flop_ratio, token_ratio
+from reproduce.counts import ESTIMATORS, LARGE, SHAPES, XL, Shape, flop_ratio, kept_bytes, token_ratio
 
 TINY = Shape("tiny", "test", 2, 64, 128, 32, candidates=4, proxies=3, selected=2, window=16)
 GROUPED = Shape("grouped", "test", 2, 64, 128, 32, 4, 3, 2, 16, feed_forward=96, kv_width=32, gated=True)
@@ -65,14 +66,14 @@ def test_parameters_are_those_of_the_model(shape):
 @pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda s: s.name)
 def test_forward_is_that_of_torchs_counter(shape):
     flops, _ = counted(lambda: model_of(shape)(input_ids=tokens(2, 32)))
-    assert flops == subject.forward_flops(shape, 2, 32)
+    assert flops == counts.forward_flops(shape, 2, 32)
 
 
 @pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda s: s.name)
 def test_training_step_is_that_of_torchs_counter(shape):
     batch, model = tokens(shape.selected, shape.length), model_of(shape)
     flops, _ = counted(lambda: model(input_ids=batch, labels=batch).loss.backward())
-    assert flops == subject.training_flops(shape)
+    assert flops == counts.training_flops(shape)
 
 
 @pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda s: s.name)
@@ -83,7 +84,7 @@ def test_backward_to_activations_is_that_of_torchs_counter(shape):
     _, loss = counted(lambda: model(input_ids=batch, labels=batch).loss)
     # frozen weights but for the embedding, which TINY shares with its head: gradients of its output alone are asked for
     flops, _ = counted(lambda: torch.autograd.grad(loss, found))
-    assert flops == subject.activation_flops(shape, 2, 32)
+    assert flops == counts.activation_flops(shape, 2, 32)
 
 
 def test_each_estimator_is_what_the_core_does():
@@ -96,18 +97,18 @@ def test_each_estimator_is_what_the_core_does():
     optimizer.zero_grad()
     n, m, t, p = TINY.candidates, TINY.proxies, TINY.window, TINY.block_parameters
     flops, problem = counted(lambda: scoring(model, [optimizer], tokens(n, t), tokens(m, t)))
-    gradients = subject.forward_flops(TINY, n, t) + subject.activation_flops(TINY, n, t)
+    gradients = counts.forward_flops(TINY, n, t) + counts.activation_flops(TINY, n, t)
     unneeded = 2 * (n + m) * t * 64 * 3 * 64
-    assert flops == gradients + subject.proxy_flops(TINY) - unneeded
+    assert flops == gradients + counts.proxy_flops(TINY) - unneeded
     width, weights = 32, 2 * 6
     sketches_gram = 2 * n * n * width * weights
     for name, call, extra in (("exact alignment", lambda: problem.exact(gram=False), 0),
                               ("exact alignment and Gram", problem.exact, 0),
                               ("CountSketch", lambda: problem.sketched(width, 0), sketches_gram)):
-        assert counted(call)[0] == subject.candidate_flops(TINY, name) - gradients + extra, name
-    assert subject.candidate_flops(TINY, "exact alignment and Gram") - gradients == 2 * n * t * p + 2 * n * n * p
+        assert counted(call)[0] == counts.candidate_flops(TINY, name) - gradients + extra, name
+    assert counts.candidate_flops(TINY, "exact alignment and Gram") - gradients == 2 * n * t * p + 2 * n * n * p
     flops, _ = counted(lambda: [model(input_ids=tokens(n, t)) for _ in range(2)])
-    assert flops == subject.candidate_flops(TINY, "central difference")
+    assert flops == counts.candidate_flops(TINY, "central difference")
 
 
 def test_token_ratios_by_hand():
@@ -128,7 +129,7 @@ def test_parameters_by_hand():
 
 @pytest.mark.parametrize("every", [1, 8])
 def test_without_attention_and_head_scoring_costs_its_tokens(monkeypatch, every):
-    monkeypatch.setattr(subject, "attention_flops", lambda *args: 0)
+    monkeypatch.setattr(counts, "attention_flops", lambda *args: 0)
     for shape in (replace(s, vocabulary=0) for s in SHAPES):
         candidates = shape.candidates * shape.window / (shape.selected * shape.length)
         proxies = shape.proxies * shape.window / (shape.selected * shape.length) / every
@@ -138,6 +139,13 @@ def test_without_attention_and_head_scoring_costs_its_tokens(monkeypatch, every)
         assert flop_ratio(shape, "central difference", every) == pytest.approx(want, rel=1e-12)
 
 
+def test_bytes_kept_by_hand():
+    assert kept_bytes(XL)["hash tables of the literal method"] == 12 * 48 * 12 * 1600**2  # 17.7 GB
+    assert kept_bytes(TINY, width=10)["sketches"] == 4 * 4 * 10 * 12
+    assert kept_bytes(GROUPED, width=10)["sketches"] == 4 * 4 * 10 * 14
+    assert kept_bytes(TINY)["proxy gradient"] == 4 * TINY.block_parameters
+
+
 def test_what_costs_more_is_counted_as_more():
     for shape in SHAPES:
         for causal in (False, True):
@@ -145,7 +153,7 @@ def test_what_costs_more_is_counted_as_more():
             assert ratio["central difference"] < ratio["exact alignment"] == ratio["CountSketch"]
             assert ratio["CountSketch"] < ratio["exact alignment and Gram"]
             assert flop_ratio(shape, "CountSketch", 8, causal) < ratio["CountSketch"] < token_ratio(shape)
-    half, full = (subject.attention_flops(TINY, 2, 32, causal) for causal in (True, False))
+    half, full = (counts.attention_flops(TINY, 2, 32, causal) for causal in (True, False))
     assert 2 * half == full == 4 * 2 * 32 * 32 * 64 * 2
 
 
