@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr
 
+from .ghost import wide
 from .gradients import Factors, PerSampleGradient
 
 
@@ -59,7 +60,7 @@ class Preconditioner:
             raise ValueError("a left-multiplying preconditioner (Muon) cannot act on an embedding; "
                              "give embeddings to AdamW")
         return PerSampleGradient(
-            gradient.shape, tuple(Factors(_wide(use.left) @ _wide(self.left), use.right) for use in gradient.uses)
+            gradient.shape, tuple(Factors(wide(use.left) @ wide(self.left), use.right) for use in gradient.uses)
         )
 
     def on_rows(self, rows: Float[Tensor, "n r i"], start: int) -> Float[Tensor, "n r i"]:
@@ -164,10 +165,6 @@ def _preconditioner(one: Owned) -> Preconditioner:
         return Preconditioner(learning_rate=float(one.group["lr"]))
     raise ValueError(f"no preconditioner for {type(one.optimizer).__name__}; "
                      "SGD, Adam, AdamW and Muon of torch.optim are known")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _as_matrix(x: Tensor) -> Tensor:

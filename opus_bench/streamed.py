@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from zlib import crc32
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .ghost import contract, outside_autocast, wide
+from .ghost import contract, outside_autocast
 from .gradients import PerSampleGradient, sample_losses, scoring_mode, stream
 from .preconditioner import Preconditioner
 from .sequences import Sequences, as_sequences
-from .sketch import count_sketch, sketch_gradients
-from .utility import Utility
+from .sketch import sketch_gradients
+from .utility import Utility, Weights, utility_of_sketches, weight_seed
 
 Batch = Int[Tensor, "n t"] | Sequences
 
@@ -81,8 +80,8 @@ def streamed_sketch(
     layers: Sequence[str],
     proxy_gradient: Mapping[str, Float[Tensor, "o i"]],
     preconditioners: Mapping[str, Preconditioner],
-    alignment_weights: Mapping[str, float],
-    redundancy_weights: Mapping[str, float] | None,
+    alignment_weights: Weights,
+    redundancy_weights: Weights | None,
     width: int = 8192,
     seed: int = 42,
     label_shift: int = 1,
@@ -95,13 +94,10 @@ def streamed_sketch(
     n = len(as_sequences(batch))
     features: dict[str, Tensor] = {}
 
-    def seed_of(name: str) -> int:
-        return seed + crc32(name.encode())
-
     for part, sequences in microbatches(batch, microbatch):
 
         def consume(name: str, gradient: PerSampleGradient, part: slice = part) -> None:
-            found = outside_autocast(sketch_gradients)(gradient, preconditioners[name], width, seed_of(name))
+            found = outside_autocast(sketch_gradients)(gradient, preconditioners[name], width, weight_seed(seed, name))
             if name not in features:
                 features[name] = found.new_zeros(n, width)
             features[name][part] += found
@@ -109,14 +105,8 @@ def streamed_sketch(
         stream(model, sequences, layers, consume, label_shift)
     if not features:
         raise ValueError("no parameter to score")
-    alignment, gram = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
-    for name in reversed(features):  # in the order of the model
-        x = features[name]
-        proxy = count_sketch(wide(proxy_gradient[name]).reshape(1, -1), width, seed_of(name))
-        alignment += alignment_weights[name] * (x @ proxy[0]).double().cpu()
-        if redundancy_weights is not None:
-            gram += redundancy_weights[name] * (x @ x.T).double().cpu()
-    return Utility(alignment, None if redundancy_weights is None else gram)
+    in_order = reversed(features.items())  # that of the model
+    return utility_of_sketches(in_order, proxy_gradient, alignment_weights, redundancy_weights, width, seed)
 
 
 @contextmanager

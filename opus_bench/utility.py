@@ -9,7 +9,7 @@ alignment of every candidate and the Gram matrix of the candidates' updates, wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -95,15 +95,34 @@ def sketched_utility(
     Cost: O(n t o i) flops to form the updates by chunks, O(n o i) to hash them; n * width numbers
         per weight are kept.  Every weight has its own hash, derived from ``seed`` and its name.
     """
-    alignment, gram = _nothing(candidates)
-    for name, gradient in candidates.items():
-        layer_seed = seed + crc32(name.encode())
-        features = sketch_gradients(gradient, preconditioners[name], width, layer_seed)
-        proxy = count_sketch(wide(proxy_gradient[name]).reshape(1, -1), width, layer_seed)
-        alignment = alignment + alignment_weights[name] * (features @ proxy[0]).double()
+    if not candidates:
+        raise ValueError("no parameter to score")
+    features = ((name, sketch_gradients(gradient, preconditioners[name], width, weight_seed(seed, name)))
+                for name, gradient in candidates.items())
+    return utility_of_sketches(features, proxy_gradient, alignment_weights, redundancy_weights, width, seed)
+
+
+def weight_seed(seed: int, name: str) -> int:
+    """Seed of a weight's own hash."""
+    return seed + crc32(name.encode())
+
+
+def utility_of_sketches(
+    features: Iterable[tuple[str, Float[Tensor, "n k"]]],
+    proxy_gradient: Mapping[str, Float[Tensor, "o i"]],
+    alignment_weights: Weights,
+    redundancy_weights: Weights | None,
+    width: int,
+    seed: int,
+) -> Utility:
+    """Inner products of the candidates' sketches, at least one weight's, with the proxy's and with each other."""
+    alignment, gram = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for name, x in features:
+        proxy = count_sketch(wide(proxy_gradient[name]).reshape(1, -1), width, weight_seed(seed, name))
+        alignment = alignment + alignment_weights[name] * (x @ proxy[0]).double().cpu()
         if redundancy_weights is not None:
-            gram = gram + redundancy_weights[name] * (features @ features.T).double()
-    return Utility(alignment.cpu(), None if redundancy_weights is None else gram.cpu())
+            gram = gram + redundancy_weights[name] * (x @ x.T).double().cpu()
+    return Utility(alignment, None if redundancy_weights is None else gram)
 
 
 def _nothing(candidates: dict[str, PerSampleGradient]) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ MUTANTS = [
      "another hash", "sketch"),
     ("opus_bench/utility.py", "self.alignment - self.redundancy_weight", "self.alignment + self.redundancy_weight",
      "sign of the redundancy", "utility"),
-    ("opus_bench/utility.py", "layer_seed = seed + crc32(name.encode())", "layer_seed = seed", "one hash for all weights", "utility"),
+    ("opus_bench/utility.py", "return seed + crc32(name.encode())", "return seed", "one hash for all weights", "utility"),
     ("opus_bench/utility.py", "if (utility == 0).all():", "if False:", "zero scores pass", "utility"),
     ("opus_bench/utility.py", "if (utility == utility[0]).all():", "if False:", "equal scores pass", "utility"),
     ("opus_bench/utility.py", "    if bad:", "    if False:", "NaN scores pass", "utility"),
