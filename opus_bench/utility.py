@@ -107,6 +107,7 @@ def weight_seed(seed: int, name: str) -> int:
     return seed + crc32(name.encode())
 
 
+@outside_autocast
 def utility_of_sketches(
     features: Iterable[tuple[str, Float[Tensor, "n k"]]],
     proxy_gradient: Mapping[str, Float[Tensor, "o i"]],

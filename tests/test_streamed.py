@@ -16,7 +16,7 @@ from opus_bench.model import OpusGPT2, OpusGPT2Config
 from opus_bench.preconditioner import preconditioners
 from opus_bench.selector import Opus, TrainState
 from opus_bench.streamed import forward_alignment, microbatches, streamed_alignment, streamed_sketch
-from opus_bench.utility import exact_utility, sketched_utility
+from opus_bench.utility import exact_utility, sketched_utility, utility_of_sketches
 
 
 class Problem:
@@ -53,6 +53,15 @@ def test_streamed_utilities_equal_those_of_captured_factors(build, layers, kind,
                           microbatch=microbatch)
     torch.testing.assert_close(got.alignment, want.alignment, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got.gram, want.gram, rtol=1e-10, atol=1e-12)
+
+
+def test_sketches_are_multiplied_as_wide_as_they_are_whatever_the_autocast():
+    features = [("w", torch.randn(5, 64, generator=torch.Generator().manual_seed(0)))]
+    options = ({"w": torch.linspace(-1, 1, 12).view(3, 4)}, {"w": 1.0}, {"w": 1.0}, 64, 3)
+    plain = utility_of_sketches(features, *options)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = utility_of_sketches(features, *options)
+    assert torch.equal(narrow.gram, plain.gram) and torch.equal(narrow.alignment, plain.alignment)
 
 
 def test_alignment_and_gram_from_the_same_rows_equal_the_contraction():
