@@ -4,6 +4,7 @@
 # make report      tables and figures again, from the records alone
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: reproduce test mutants report setup clean
@@ -20,7 +21,7 @@ reproduce: setup
 	$(BIN)/python -m reproduce.table3 --scale smoke
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 mutants: setup
 	$(BIN)/python tests/mutants.py

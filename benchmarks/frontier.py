@@ -123,6 +123,25 @@ def stale_table(record: dict) -> str:
     return markdown(["estimator", *(f"{age} steps" for age in ages)], body)
 
 
+def aged_table(record: dict) -> str:
+    """Spearman by size and age of the proxy batch with what much more proxies say."""
+    rows = named(record, "aged proxy")
+    ages = sorted({r["age"] for r in rows})
+    body = [[f"{size}, once in {len(ages)} steps", *(f"{r['value']:.3f}" for r in rows if r["proxies"] == size)]
+            for size in dict.fromkeys(r["proxies"] for r in rows)]
+    return markdown(["proxies", *(f"{age} steps" for age in ages)], body)
+
+
+def reuse_line(record: dict) -> str:
+    """What using the chosen samples' backward for training saves, beside what it costs to have it."""
+    cost = {row["what"]: row["value"] for row in named(record, "reuse")}
+    capture, assemble, plain = cost.values()
+    return (f"Where whole sequences are scored, the chosen ones' backward need not be run again: their training "
+            f"gradient, assembled from the factors that scoring kept, takes {assemble:.2f} of a plain step instead of "
+            f"{plain:.2f}. But scoring all candidates whole and keeping their factors takes {capture:.2f}, and their "
+            f"memory grows with the number of candidates; the {plain - assemble:.2f} saved do not pay for that.")
+
+
 def draw(record: dict, path: Path) -> Path:
     """Cost against 1 - Spearman, logarithmic; down and to the left is better."""
     rows = sorted(named(record, "time ratio"), key=lambda r: r["value"])
@@ -191,7 +210,13 @@ def write(results_dir: Path) -> list[Path]:
                    f"{whole['value']:.3f} (lowest {whole['lowest']:.3f}) with that over the window.",
                    "### Age of the proxy's gradient",
                    "Spearman with the exact alignment along the fresh gradient of the same proxy batch:",
-                   stale_table(record), "### Is the cost linear?",
+                   stale_table(record)]
+        if named(record, "aged proxy"):
+            blocks += ["Spearman with the alignment along the fresh gradient of sixteen other proxy batches together, "
+                       "which stands for the target that a proxy batch samples; a batch eight times as large, kept for "
+                       "eight steps, reads as many proxy tokens a step as the usual one taken anew (its first column):",
+                       aged_table(record), "### A backward used twice", reuse_line(record)]
+        blocks += ["### Is the cost linear?",
                    "Exact alignment in bfloat16, candidates only, microbatches of the smallest size:",
                    linear_table(record)]
     listed = [[r["scale"], r["code"]["version"][:12], f"[{r['run_id']}](../runs/{r['run_id']}.json)"] for r in records]

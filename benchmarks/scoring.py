@@ -27,28 +27,24 @@ from tqdm import tqdm
 from opus_bench import provenance, results, schema
 from opus_bench.corpus import Corpus, build_corpus
 from opus_bench.corpus_spec import CorpusSpec
-from opus_bench.gradients import mean_gradient, sample_losses
-from opus_bench.selector import Opus, TrainState
-from opus_bench.streamed import microbatches, streamed_alignment
-from opus_bench.stream import CandidateStream, ProxyStream
+from opus_bench.gradients import mean_gradient
+from opus_bench.streamed import streamed_alignment
 from opus_bench.train import peak_bytes
 from opus_bench.utility import Utility
 from opus_bench.validation.problem import float64_copy, rank_correlation
 from reproduce.training import corpus_hashes
 
+from .bench import Bench
 from .counting import peak_allocated
-from .estimators import ESTIMATORS, Estimator, Problem, opus
+from .estimators import ESTIMATORS
+from .problem import Estimator, Problem, opus
 from .shapes import SHAPES, Shape
+from .variants import PROXY_EVERY, STALE, aged_proxies, alignment_along, reuse, staleness
 
 EXPERIMENT = "scoring"
 COMMAND = f"python -m benchmarks.{EXPERIMENT}"
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = CorpusSpec(vocab_size=4096)
-PROXY_EVERY = 8  # steps that a proxy gradient serves in the rows that say so
-STALE: dict[str, dict[str, Any]] = {  # what is measured with such a gradient as well
-    "exact alignment, bf16": dict(estimator="exact", redundancy=0.0, scoring_dtype="bfloat16"),
-    "central difference, bf16": dict(estimator="forward", redundancy=0.0, scoring_dtype="bfloat16", relative_step=1e-2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,56 +54,6 @@ class Effort:
     buffers: int = 8  # sets of candidates on which estimators are compared
     repeats: int = 7  # turns of timing
     factors: tuple[int, ...] = (1, 2, 4, 8)  # of candidates, and of tokens, for the check of linearity
-
-
-class Bench:
-    """One shape: its training state, data, and the plain step that every cost is divided by."""
-
-    def __init__(self, shape: Shape, corpus: Corpus) -> None:
-        self.shape = shape
-        self.model = shape.build()
-        self.model.train()
-        fused = {"fused": True} if shape.device == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=shape.learning_rate, betas=(0.8, 0.95),
-                                           weight_decay=0.0, **fused)
-        self.problem = Problem(self.model, [self.optimizer])
-        self.stream = CandidateStream(corpus, shape.length, shape.candidates, 0)
-        self.proxies = ProxyStream(corpus, shape.window, shape.proxies, 0)
-        self.updates = 0
-
-    def candidates(self, buffer: int) -> Tensor:
-        """Whole sequences that training was never offered."""
-        return self.stream.candidates(self.shape.updates + 100 + buffer).tokens.to(self.shape.device)
-
-    def proxy(self, step: int) -> Tensor:
-        return self.proxies.proxy(step).to(self.shape.device)
-
-    def plain_step(self, tokens: Tensor) -> None:
-        """Forward, backward, clipping and optimizer step on whole sequences, in microbatches as the shape says."""
-        narrow = self.shape.step_dtype == "bfloat16 autocast"
-        for part, sequences in microbatches(tokens, self.shape.microbatch):
-            with torch.autocast(self.shape.device, torch.bfloat16, enabled=narrow):
-                loss = sample_losses(self.model, sequences).sum() / len(tokens)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def train(self, updates: int, on_step: Callable[[], Any] = lambda: None) -> None:
-        for _ in range(updates):
-            tokens = self.stream.candidates(self.updates).tokens[: self.shape.selected]
-            self.plain_step(tokens.to(self.shape.device))
-            self.updates += 1
-            on_step()
-
-    def seconds(self, work: Callable[[], Any]) -> float:
-        if self.shape.device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if self.shape.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
 
 def exact_of(bench: Bench, windows: Tensor, proxy: Tensor) -> Utility:
@@ -125,7 +71,7 @@ def fidelity(bench: Bench, effort: Effort, tick: Callable[[], Any]) -> dict[str,
     ``alignment``: with the exact alignment.  ``utility``: of U with the paper's weights, once the half of the
     selected with the best exact alignment is chosen, over the candidates left; only where there is a Gram.
     """
-    found: dict[str, dict[str, list[float]]] = {e.name: {"alignment": [], "utility": []} for e in ESTIMATORS}
+    found: dict[str, dict[str, list[float]]] = {e.name: {"alignment": [], "utility": []} for e in bench.estimators}
     whole: list[float] = []
     for buffer in range(effort.buffers):
         tokens, proxy = bench.candidates(buffer), bench.proxy(buffer)
@@ -133,7 +79,7 @@ def fidelity(bench: Bench, effort: Effort, tick: Callable[[], Any]) -> dict[str,
         exact = exact_of(bench, windows, proxy)
         first = exact.alignment.argsort(descending=True)[: max(1, bench.shape.selected // 2)].tolist()
         left = [n for n in range(len(tokens)) if n not in first]
-        for e in ESTIMATORS:
+        for e in bench.estimators:
             got = e.score(bench.problem, windows, proxy)
             found[e.name]["alignment"].append(rank_correlation(got.alignment, exact.alignment))
             if got.gram is not None:
@@ -143,32 +89,6 @@ def fidelity(bench: Bench, effort: Effort, tick: Callable[[], Any]) -> dict[str,
         whole.append(rank_correlation(alignment_along(bench, tokens, proxy), exact.alignment))
         tick()
     return found | {"whole sequence": {"alignment": whole, "utility": []}}
-
-
-def alignment_along(bench: Bench, tokens: Tensor, proxy: Tensor) -> Tensor:
-    """Exact alignment of sequences of any length, in microbatches."""
-    names, _, directions = bench.problem.weighted(proxy)
-    return streamed_alignment(bench.model, tokens, names, directions, microbatch=4)
-
-
-def staleness(bench: Bench, tick: Callable[[], Any]) -> dict[str, list[float]]:
-    """Spearman of STALE estimators, whose proxy gradient is 0, 1, ... steps old, with the exact alignment now.
-
-    The proxy batch stays the same; P_t is always the live one.
-    """
-    proxy = bench.proxy(0)
-    selectors = {name: Opus(window=bench.shape.window, proxy_every=PROXY_EVERY, **options)
-                 for name, options in STALE.items()}
-    found: dict[str, list[float]] = {name: [] for name in STALE}
-    for age in range(PROXY_EVERY):
-        windows = bench.candidates(age)[:, : bench.shape.window].contiguous()
-        exact = alignment_along(bench, windows, proxy)
-        for name, selector in selectors.items():
-            got = selector.utilities(windows, 1, TrainState(bench.model, [bench.optimizer], age, proxy))
-            found[name].append(rank_correlation(got.alignment, exact))
-        bench.train(1)
-        tick()
-    return found
 
 
 def timings(bench: Bench, effort: Effort, tick: Callable[[], Any]) -> dict[str, list[float]]:
@@ -183,7 +103,7 @@ def timings(bench: Bench, effort: Effort, tick: Callable[[], Any]) -> dict[str, 
 
     works: dict[str, Callable[[], Any]] = {
         "plain step": lambda: bench.plain_step(tokens[: bench.shape.selected]), "proxy gradient, bf16": narrow_proxy}
-    for e in ESTIMATORS:
+    for e in bench.estimators:
         works[e.name] = lambda e=e: e.score(bench.problem, windows, proxy)
     found: dict[str, list[float]] = {name: [] for name in works}
     order = list(works)
@@ -225,7 +145,7 @@ def memories(bench: Bench, tick: Callable[[], Any]) -> dict[str, int]:
     tokens, proxy = bench.candidates(0), bench.proxy(0)
     windows = tokens[:, : bench.shape.window].contiguous()
     found = {"plain step": peak_allocated(lambda: bench.plain_step(tokens[: bench.shape.selected]))}
-    for e in ESTIMATORS:
+    for e in bench.estimators:
         found[e.name] = peak_allocated(lambda e=e: e.score(bench.problem, windows, proxy))
         tick()
     return found
@@ -234,8 +154,8 @@ def memories(bench: Bench, tick: Callable[[], Any]) -> dict[str, int]:
 def measure(shape: Shape, effort: Effort, corpus: Corpus) -> list[dict[str, Any]]:
     """The record's rows; see the page for what each says."""
     bench = Bench(shape, corpus)
-    count = len(ESTIMATORS)
-    total = shape.updates + effort.buffers * (count + 1) + PROXY_EVERY + 2 * effort.repeats + 1 + count
+    count = len(bench.estimators)
+    total = shape.updates + effort.buffers * (count + 1) + 2 * PROXY_EVERY + 3 * effort.repeats + 1 + count
     with tqdm(total=total, desc=f"shape {shape.name}", unit="unit") as bar:
         bench.train(shape.updates, bar.update)
         step = bench.updates
@@ -244,6 +164,9 @@ def measure(shape: Shape, effort: Effort, corpus: Corpus) -> list[dict[str, Any]
         seconds = timings(bench, effort, bar.update)
         linear = linearity(bench, effort, bar.update)
         ages = staleness(bench, bar.update)
+        small = shape.device == "cpu"  # whole candidates' factors, and many proxies at once, fit
+        again = reuse(bench, effort.repeats, bar.update) if small else {}
+        larger = aged_proxies(bench, bar.update) if small else {}
     plain = statistics.median(seconds["plain step"])
 
     def row(name: str, value: float, unit: str = "1", **keys: Any) -> dict[str, Any]:
@@ -263,11 +186,11 @@ def measure(shape: Shape, effort: Effort, corpus: Corpus) -> list[dict[str, Any]
                  "peak_ratio": bytes_[e.name] / bytes_["plain step"], "proxy_every": 1}
         return row("time ratio", ratio, **{"estimator": e.name, **given, **keys})
 
-    for e in ESTIMATORS:
+    for e in bench.estimators:
         ratios = [s / plain for s in seconds[e.name]]
         rows.append(cost(e, statistics.median(ratios), lowest=min(ratios), highest=max(ratios)))
     proxy = statistics.median(seconds["proxy gradient, bf16"])
-    for e in ESTIMATORS:
+    for e in bench.estimators:
         if e.name in STALE:
             saved = proxy * (1 - 1 / PROXY_EVERY) / plain
             ratios = [s / plain - saved for s in seconds[e.name]]
@@ -277,6 +200,9 @@ def measure(shape: Shape, effort: Effort, corpus: Corpus) -> list[dict[str, Any]
                              alignment=statistics.fmean(ages[e.name]), alignment_lowest=min(ages[e.name])))
     rows += [row("stale proxy", value, age=age, estimator=name)
              for name, values in ages.items() for age, value in enumerate(values)]
+    rows += [row("aged proxy", value, age=age, proxies=size)
+             for size, values in larger.items() for age, value in enumerate(values)]
+    rows += [row("reuse", statistics.median(values) / plain, what=what) for what, values in again.items()]
     rows += [row("linearity", one.pop("value"), "s", **one) for one in linear]
     return rows
 
@@ -305,8 +231,9 @@ def record_of(shape: Shape, effort: Effort, corpus: Corpus, rows: list[dict[str,
 
 
 def code_version() -> str:
-    """Version of the core and of the benchmark's files."""
-    inside = [f"benchmarks/{name}.py" for name in ("counting", "estimators", "literal", "scoring", "shapes")]
+    """Version of the core and of the benchmark's files but for the page's."""
+    inside = [f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.py"))
+              if path.stem not in ("__init__", "frontier")]
     return schema.text_sha256(f"{provenance.code_version()} {provenance.sources_sha256(ROOT, inside)}")
 
 

@@ -8,6 +8,7 @@ utility.py; axes as in gradients.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -122,7 +123,7 @@ def moved(
     def set_to(c: float) -> None:
         with torch.no_grad():
             for name, p in parameters.items():
-                p.copy_(before[name] + c * directions[name].reshape(p.shape))
+                torch.add(before[name], directions[name].reshape(p.shape), alpha=c, out=p)
         torch.clear_autocast_cache()  # an autocast of the caller's keeps narrow copies of weights
 
     try:
@@ -160,8 +161,8 @@ def forward_alignment(
     if not relative_step > 0:
         raise ValueError(f"relative_step must be positive, got {relative_step}")
 
-    def norm(tensors: Sequence[Tensor]) -> float:
-        return float(sum((x.detach().double() ** 2).sum() for x in tensors)) ** 0.5
+    def norm(tensors: Sequence[Tensor]) -> float:  # only sets the step, so the tensors' precision is enough
+        return math.hypot(*(float(torch.linalg.vector_norm(x.detach())) for x in tensors))
 
     length = norm([directions[name] for name in parameters])
     if not 0 < length < float("inf"):

@@ -4,6 +4,7 @@ Nothing is timed here: ratios of the smallest shape are written and read, not ju
 """
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,16 @@ from small_models import optimizers_for, perturbed, small_paper_gpt2, tokens
 
 from benchmarks import frontier as pages
 from benchmarks.counting import flops, peak_allocated
-from benchmarks.estimators import ESTIMATORS, Problem, forward_mode, gram_of_some_rows, opus, separable
-from benchmarks.scoring import PROXY_EVERY, Bench, Effort
+from benchmarks.estimators import ESTIMATORS
+from benchmarks.problem import Problem, opus
+from benchmarks.scoring import Bench, Effort
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.tried import forward_difference, forward_mode, gram_of_some_rows, tensor_sketch, two_sided
+from benchmarks.variants import PROXY_EVERY, gradient_of
 from opus_bench import results
-from opus_bench.gradients import exact_per_sample_grads, mean_gradient
+from opus_bench.gradients import capture, exact_per_sample_grads, mean_gradient
+from opus_bench.layers import layer_names
+from opus_bench.preconditioner import preconditioners
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,8 +40,6 @@ def by_autograd(problem, candidates, proxy):
     names, parameters = problem.scored()
     gradients = exact_per_sample_grads(problem.model, candidates, names)
     target, _ = mean_gradient(problem.model, proxy, names)
-    from opus_bench.preconditioner import preconditioners
-
     p = preconditioners(problem.optimizers, parameters)
     alignment, gram = 0, 0
     for name, g in gradients.items():
@@ -68,16 +72,50 @@ def test_projections_of_an_unfactored_map_are_unbiased():
     """With SGD nothing is factored, so over projections the mean alignment is the exact one."""
     model = perturbed(small_paper_gpt2())
     problem = Problem(model, optimizers_for(model, "sgd"))
-    candidates, proxy = tokens(3, 9), tokens(3, 9, seed=5)
+    candidates = proxy = tokens(3, 9)  # so alignments are far from zero
     exact = opus(estimator="exact")(problem, candidates, proxy)
-    wide = separable(512, torch.float64)(problem, candidates, proxy)
+    wide = two_sided(512, torch.float64)(problem, candidates, proxy)
     # |error| <= 5 standard errors; variance below (2 / size) |u|^2 |g|^2 (1 + 2 / size), weights independent
     scale = exact.gram.diagonal().sqrt() * float(sum((g**2).sum() for g in mean_gradient(
         model, proxy, problem.scored()[0])[0].values())) ** 0.5
     assert ((wide.alignment - exact.alignment).abs() <= 5 * (3 / 512) ** 0.5 * scale).all()
 
 
-def test_every_estimator_leaves_the_state_as_it_was(problem):
+def test_a_tensor_sketch_is_unbiased_and_scatters_as_stated():
+    """As above; the candidates' sketches and that of a dense proxy gradient share their hashes."""
+    model = perturbed(small_paper_gpt2())
+    problem = Problem(model, optimizers_for(model, "sgd"))
+    candidates = proxy = tokens(3, 9)  # so alignments are far from zero
+    exact = opus(estimator="exact")(problem, candidates, proxy)
+    got = tensor_sketch(2**14)(problem, candidates, proxy)
+    target = float(sum((g**2).sum() for g in mean_gradient(model, proxy, problem.scored()[0])[0].values())) ** 0.5
+    scale = exact.gram.diagonal().sqrt()
+    assert ((got.alignment - exact.alignment).abs() <= 5 * (3 / 2**14) ** 0.5 * scale * target).all()
+    assert ((got.gram - exact.gram).abs() <= 5 * (3 / 2**14) ** 0.5 * scale.outer(scale)).all()
+
+
+def test_the_training_gradient_comes_from_the_captured_factors(problem):
+    batch, names, chosen = tokens(4, 9), layer_names(problem.model, "all"), [2, 0]
+    got = gradient_of(capture(problem.model, batch, names), chosen)
+    want, _ = mean_gradient(problem.model, batch[chosen], names)
+    assert got.keys() == want.keys()
+    for name, g in want.items():
+        torch.testing.assert_close(got[name], g, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_difference_in_the_upper_blocks_is_the_exact_alignment_of_these(problem, share):
+    candidates, proxy = tokens(4, 9), tokens(3, 9, seed=5)
+    names = [n for n, _ in problem.model.named_modules() if n.startswith("blocks.1" if share < 1 else "blocks.")]
+    names = [n for n in names if hasattr(problem.model.get_submodule(n), "weight")]
+    exact = opus(estimator="exact", redundancy=0.0, layers=names)(problem, candidates, proxy)
+    got = forward_difference(share, 1e-5, compiled=False)(problem, candidates, proxy)
+    # bias of relative order step^2, rounding of losses of about 5 over a step: 5e-16 / 1e-5 of the alignment's size
+    torch.testing.assert_close(got.alignment, exact.alignment, rtol=1e-6, atol=1e-9 * float(exact.alignment.abs().max()))
+
+
+def test_every_estimator_leaves_the_state_as_it_was(problem, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # compiling takes long and needs a compiler
     before = [p.detach().clone() for p in problem.model.parameters()]
     state = [x.clone() for o in problem.optimizers for s in o.state.values() for x in s.values()]
     for e in ESTIMATORS:
@@ -119,7 +157,7 @@ def test_the_frontier_is_what_nothing_beats():
 
 def call(*arguments):
     done = subprocess.run([sys.executable, "-m", "benchmarks.scoring", *arguments], cwd=ROOT, capture_output=True,
-                          text=True, timeout=600)
+                          text=True, timeout=600, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -143,7 +181,8 @@ def test_a_run_of_the_smallest_shape_gives_a_record_a_page_and_a_figure(tmp_path
     assert {e.name for e in ESTIMATORS} < set(ratios)
     assert ratios["exact alignment"]["alignment"] == ratios["exact alignment and Gram"]["utility"] == 1.0
     assert all(row["peak_ratio"] > 0 and row["value"] > 0 for row in ratios.values())
-    assert len(pages.named(record, "stale proxy")) == 2 * PROXY_EVERY
+    assert len(pages.named(record, "stale proxy")) == len(pages.named(record, "aged proxy")) == 2 * PROXY_EVERY
+    assert len(pages.named(record, "reuse")) == 3
     assert {r["axis"] for r in pages.named(record, "linearity")} == {"candidates", "tokens"}
     page = (tmp_path / "tables" / "scoring.md").read_bytes()
     assert all(e.name.encode() in page for e in ESTIMATORS)
