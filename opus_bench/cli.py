@@ -1,8 +1,9 @@
-"""The command ``opus-bench``: validate the estimators here, rebuild the report, check the machine.
+"""The command ``opus-bench``: validate the estimators here, rebuild the report, choose a proxy, check the machine.
 
     opus-bench validate                     # sketched against exact utilities, about a minute on 2 cores
     opus-bench validate --model FOLDER --data FILE --report FILE.md        # the same on a model of your own
     opus-bench report                       # tables and figures from the records
+    opus-bench proxy --help                 # documents most like benchmark items, out of a pool
     opus-bench doctor                       # what this machine has for each scale
 
 Experiments are scripts of their own: ``python -m reproduce.table3 --help``.
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .proxy_command import SUMMARY, proxy_options, run_proxy
 from .validation.own_report import measures, table, text, threshold_help
 from .validation.own_settings import DTYPES, OPTIMIZERS, TOKEN_DTYPES, OwnSettings
 
@@ -81,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--force", action="store_true",
                      help="replace the files of --output and --report (default: refuse)")
     own_options(one)
+
+    proxy_options(command("proxy", run_proxy, SUMMARY))
 
     one = command("doctor", doctor, "show what this machine has for each scale, and the mend for what is missing")
     one.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER",
