@@ -23,7 +23,7 @@ from opus_bench.schema import RecordError, text_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 UNHASHED = frozenset(
-    {"schema", "provenance", "results", "statistics", "sections", "tables", "figures", "report"}
+    {"schema", "provenance", "results", "statistics", "significance", "sections", "tables", "figures", "report"}
     | {"cli", "doctor"}
 )
 """Modules that make no number of a record: they check, store and read records, or print beside them."""

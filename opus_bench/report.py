@@ -19,7 +19,7 @@ from opus_bench import figures, tables
 from opus_bench.results import load
 from opus_bench.schema import RecordError
 from opus_bench.sections import Row, Section, arrange, domain_share, loss_curve
-from opus_bench.tables import MARK, NONE, PAPER_CORPUS, PAPER_MODEL
+from opus_bench.tables import HOLM_MARK, MARK, NONE, PAPER_CORPUS, PAPER_MODEL
 
 PIPELINE_SCALES = ("smoke", "ci")
 MARKERS = ("<!-- results -->", "<!-- end of results -->")
@@ -134,8 +134,9 @@ def page(sections: list[Section], experiment: str, reported: dict, drawn: Sequen
             "How to read it. Runs are paired by seed (same initial weights, same candidate stream). [low, high] is the "
             "95 % paired t interval; {a, b} are the seeds themselves where fewer than three pairs allow no interval. "
             f"`{MARK}` marks an interval that excludes no difference (0, or 1 for a share of tokens); of the {compared} "
-            f"methods compared, one in twenty would be marked by chance in each column. `{NONE}`: does not apply or "
-            "was not measured."
+            f"methods compared, one in twenty would be marked by chance in each column. `{HOLM_MARK}`, in the column "
+            "of differences in loss: excluded also after Holm's correction over the methods of that table. "
+            f"`{NONE}`: does not apply or was not measured."
         ),
     ]
     for scale in scales:
@@ -157,7 +158,7 @@ def _section_page(section: Section, reported: dict) -> list[str]:
     name = figures.OPTIMIZERS.get(section.optimizer, section.optimizer)
     selection_notes = sorted({note for record in section.records for note in record["selection"]["notes"]})
     notes = [f"- {note}" for note in section.notes + selection_notes]
-    parts = [f"### {name}: summary", tables.summary(section, reported)]
+    parts = [f"### {name}: summary", tables.summary(section, reported), tables.power_line(section)]
     parts += ["\n".join(notes)] if notes else []
     parts += [
         f"### {name}: offline tasks, accuracy in % (standard error over items)",

@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from opus_bench.schema import NOT_RUN
 from opus_bench.sections import (
     FOREIGN,
@@ -26,7 +28,15 @@ from opus_bench.sections import (
     step_mean,
     time_ratio,
 )
-from opus_bench.statistics import Interval, binomial_stderr, paired_interval, paired_ratio_interval, tokens_to_reach
+from opus_bench.significance import ALPHA, POWER, detectable_difference, holm, paired_t_test
+from opus_bench.statistics import (
+    SMALLEST_N,
+    Interval,
+    binomial_stderr,
+    paired_interval,
+    paired_ratio_interval,
+    tokens_to_reach,
+)
 
 PAPER_MODEL, PAPER_CORPUS = "GPT-2 XL", "FineWeb"
 PAPER_TASKS = ("MMLU", "ANLI", "HellaSwag", "PIQA", "SIQA", "WinoGrande", "ARC-E", "ARC-C", "CommonsenseQA", "WSC")
@@ -34,7 +44,7 @@ TASK_NAMES = {"socialiqa": "SIQA", "arceasy": "ARC-E", "arcchallenge": "ARC-C", 
 MEAN_ACCURACY = "mean_accuracy"
 BITS_PER_BYTE = "bits_per_byte_"
 REASON_LENGTH = 48
-MARK, NONE = "*", "–"
+MARK, HOLM_MARK, NONE = "*", "**", "–"
 
 
 # Cells ----------------------------------------------------------------------------------------
@@ -45,22 +55,27 @@ def mean(values: Sequence[float], digits: int, factor: float = 1.0, unit: str = 
     return f"{factor * math.fsum(values) / len(values):.{digits}f}{unit}" if values else NONE
 
 
-def _limits(interval: Interval, points: Sequence[float], none: float, style: str) -> str:
+def _limits(interval: Interval, points: Sequence[float], none: float, style: str, mark: str = MARK) -> str:
     if interval.low is None:
         return f"{interval.mean:{style}} {{{', '.join(f'{point:{style}}' for point in points)}}}"
-    mark = MARK if interval.excludes(none) else ""
+    mark = mark if interval.excludes(none) else ""
     return f"{interval.mean:{style}} [{interval.low:{style}}, {interval.high:{style}}]{mark}"
 
 
-def difference(row: Row, base: Row | None, value: Callable, digits: int, factor: float = 1.0) -> str:
-    """Row minus base, paired by seed, as a cell: with its interval, or the seeds where there are too few for one."""
+def difference(
+    row: Row, base: Row | None, value: Callable, digits: int, factor: float = 1.0, mark: str = MARK
+) -> str:
+    """Row minus base, paired by seed, as a cell: with its interval, or the seeds where there are too few for one.
+
+    ``mark`` stands behind an interval that excludes 0.
+    """
     if base is None or row is base:
         return NONE
     ours, theirs = ([factor * item for item in side] for side in pairs(row, base, value))
     if not ours:
         return NONE
     points = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return _limits(paired_interval(ours, theirs), points, 0.0, f"+.{digits}f")
+    return _limits(paired_interval(ours, theirs), points, 0.0, f"+.{digits}f", mark)
 
 
 def _short_difference(row: Row, base: Row | None, value: Callable, digits: int) -> str:
@@ -126,9 +141,41 @@ def _paper_value(reported: dict, optimizer: str, method: str | None, benchmark: 
     return NONE if value is None else f"{value:.2f}"
 
 
+def _paired_differences(section: Section, value: Callable) -> dict[str, list[float]]:
+    """Label -> differences to the base by seed, for the rows that have enough of them for an interval."""
+    if section.base is None:
+        return {}
+    found = {row.label: pairs(row, section.base, value) for row in section.rows if row is not section.base}
+    return {label: [a - b for a, b in zip(ours, theirs, strict=True)] for label, (ours, theirs) in found.items()
+            if len(ours) >= SMALLEST_N}
+
+
+def surviving(section: Section, value: Callable) -> set[str]:
+    """Labels whose paired difference to the base excludes 0 also after Holm's correction over the section's rows."""
+    differences = _paired_differences(section, value)
+    adjusted = holm([paired_t_test(of_row) for of_row in differences.values()])
+    return {label for label, p in zip(differences, adjusted, strict=True) if p <= ALPHA}
+
+
+def power_line(section: Section) -> str:
+    """What the seeds can show: the difference to the base in loss that would be detected, by each row's own spread."""
+    differences = _paired_differences(section, final_loss)
+    found = {label: detectable_difference(sd, len(differences[label])) for label, sd in
+             ((label, float(np.std(of_row, ddof=1))) for label, of_row in differences.items()) if sd > 0}
+    if not found:
+        return f"Fewer than {SMALLEST_N} pairs of seeds that differ: no statement of what they could detect."
+    least, most = min(found, key=lambda label: found[label]), max(found, key=lambda label: found[label])
+    seeds = sorted({len(differences[label]) for label in found})
+    return (f"What n = {' or '.join(map(str, seeds))} seeds can show: a difference to {section.base.label} of "
+            f"{np.median(list(found.values())):.3f} nat/token (median over methods; {found[least]:.3f} for {least} to "
+            f"{found[most]:.3f} for {most}) is detected with {100 * POWER:g} % power at .05, two-sided, if the paired "
+            "differences are normal with the standard deviation seen, which so few seeds know only roughly.")
+
+
 def summary(section: Section, reported: dict) -> str:
     """One row a method: loss, tokens, accuracy, cost and what was chosen."""
     target = section.records[0]["data"]["target_domain"]
+    survivors = surviving(section, final_loss)
     header = [
         "method",
         "n seeds",
@@ -156,7 +203,7 @@ def summary(section: Section, reported: dict) -> str:
                 row.label + FOREIGN * row.foreign,
                 str(len(row.records)),
                 mean(row.values(final_loss), 4),
-                difference(row, section.base, final_loss, 4),
+                difference(row, section.base, final_loss, 4, mark=HOLM_MARK if row.label in survivors else MARK),
                 token_share(row, section.base),
                 mean(row.values(evaluated(MEAN_ACCURACY)), 2, 100),
                 difference(row, section.base, evaluated(MEAN_ACCURACY), 2, 100),

@@ -162,6 +162,16 @@ MUTANTS = [
      "alignment from the wrong rows", "utility"),
     ("benchmarks/literal.py", "crc32(name.encode())", "len(name.encode())", "literal tables that do not depend on the weight's name", "literal"),
     ("reproduce/counts.py", "gram = 2 * n * n * shape.block_parameters", "gram = 2 * n * shape.block_parameters", "Gram counted once a sample", "overhead"),
+    ("opus_bench/significance.py", "np.arange(len(p), 0, -1)", "len(p)", "Bonferroni in place of Holm", "significance"),
+    ("opus_bench/significance.py", "(abs(d) - d * d) / n", "(abs(d) + d * d) / n", "least standard error too large", "significance"),
+    ("opus_bench/significance.py", "abs(difference) / sd * math.sqrt(n)", "abs(difference) / sd * n", "noncentrality without the root", "significance"),
+    ("opus_bench/significance.py", "gained + lost - (gained - lost) ** 2 / n", "gained + lost", "paired variance without its mean", "significance"),
+    ("reproduce/printed.py", "return abs(self.gap) > 1", "return abs(self.gap) > 2", "bound of rounding doubled", "audit"),
+    ("reproduce/printed.py", "sign = -1 if self.is_loss else 1", "sign = 1", "ranks of losses upside down", "audit"),
+    ("reproduce/claims.py", "BEYOND if high <= alpha", "BEYOND if low <= alpha", "least noise taken for all noise", "audit"),
+    ("reproduce/claims.py", "if key not in seen:", "if True:", "pairs printed twice count twice", "audit"),
+    ("reproduce/headlines.py", "or m.endswith(tag)", "or True", "Random of another corpus", "audit"),
+    ("opus_bench/tables.py", "HOLM_MARK if row.label in survivors else MARK", "HOLM_MARK", "mark of Holm without Holm", "report"),
 ]
 
 

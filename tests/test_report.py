@@ -4,10 +4,13 @@ import re
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from opus_bench import figures, provenance, report, results, schema, sections, tables
 from opus_bench.schema import RecordError
+from opus_bench.significance import detectable_difference
 
 SHA = "ab" * 32
 REPORTED = Path(__file__).resolve().parent.parent / "reproduce" / "reported.csv"
@@ -214,7 +217,7 @@ def test_the_summary_by_hand(tmp_path):
     random, ours, high = rows["Random"], rows["OPUS calibrated"], rows["PPL high"]
     assert random["n seeds"] == "3"
     assert random[LOSS] == "5.2000"  # 8 - 3 + 0.2 (0 + 1 + 2) / 3
-    assert ours[LOSS] == "5.0800" and ours[GAP] == "-0.1200 [-0.1200, -0.1200]*"
+    assert ours[LOSS] == "5.0800" and ours[GAP] == "-0.1200 [-0.1200, -0.1200]**"
     assert random[GAP] == "–" and random[TOKENS] == "1 by definition"
     # Linear curves: 3 p of Random's fall is reached where 3.12 p = 3.
     assert ours[TOKENS] == "0.962 [0.962, 0.962]*"
@@ -226,6 +229,35 @@ def test_the_summary_by_hand(tmp_path):
     assert high["effective sample size (share of buffer)"] == "none: deterministic"
     assert ours[f"{TARGET}: chosen / offered (%)"] == "56.0 / 22.2"  # 403 of 720; 320 of 1440
     assert random["corrupted: chosen / offered (%)"] == "11.1 / 11.1"
+
+
+def test_marks_of_differences_in_loss_are_those_of_the_t_test_and_of_holm(tmp_path):
+    """Holm by hand: the i-th smallest of m p-values is held against .05 / (m - i + 1), until one fails."""
+    made = {method: [record_of(method, seed, wobble=0.005) for seed in range(3)] for method in GRID}
+    rows = table_of(page_of(written(tmp_path, [record for of_method in made.values() for record in of_method])),
+                    "AdamW: summary")
+    losses = {method: [record["metrics"][5]["value"] for record in of_method] for method, of_method in made.items()}
+    p = {m: float(ttest_rel(of_method, losses["Random"]).pvalue) for m, of_method in losses.items() if m != "Random"}
+    rejected = set()
+    for i, method in enumerate(sorted(p, key=p.get)):
+        if p[method] > 0.05 / (len(p) - i):
+            break
+        rejected.add(method)
+    got = {method: len(re.search(r"\**$", rows[method][GAP])[0]) for method in p}
+    assert got == {method: 2 * (method in rejected) or int(of_method < 0.05) for method, of_method in p.items()}
+    assert set(got.values()) == {0, 1, 2}
+
+
+def test_what_the_seeds_can_show_is_said(page, tmp_path):
+    [line] = [line for line in page.split("### Muon")[0].splitlines() if line.startswith("What n = 3 seeds can show")]
+    stamp = {"written_utc": "2000-01-01T00:00:00+00:00"}
+    section = sections.arrange([record | stamp for record in grid()])[0]
+    both = [sections.pairs(row, section.base, sections.final_loss) for row in section.rows if row is not section.base]
+    spreads = [np.std(np.subtract(*pair), ddof=1) for pair in both]
+    found = [detectable_difference(sd, 3) for sd in spreads]
+    assert f"of {np.median(found):.3f} nat/token" in line and f"{min(found):.3f} for " in line
+    one = page_of(written(tmp_path, grid((0,))))
+    assert "Fewer than 3 pairs of seeds that differ" in one and "**" not in one.split("### AdamW: summary")[1]
 
 
 def test_the_papers_numbers_stand_beside_the_right_rows(page):
