@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    one = command("report", report, "write tables and figures from the records of finished runs")
+    one = command("report", report, "write Table 3, its figures and index.html, the page of all results, "
+                                    "from the records of finished runs and the tables that lie beside them")
     one.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER",
                      help="folder that holds runs/ and gets tables/ and figures/ (default: results of the repository)")
     one.add_argument("--reported", type=Path, default=REPORTED, metavar="FILE.csv",
@@ -144,8 +145,9 @@ def own_options(command: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> int:
     from .report import report as write_report
+    from .site import write as write_site
 
-    for path in write_report(options.results, options.reported):
+    for path in [*write_report(options.results, options.reported), write_site(options.results, options.reported)]:
         print(f"wrote {os.path.relpath(path)}")
     return 0
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from opus_bench.figure_values import describe
 from opus_bench.statistics import SMALLEST_N, mean_interval
 
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}
@@ -200,7 +201,7 @@ def _lines(
         if curve is None:
             continue
         look = look_of(label, labels)
-        axis.plot(curve.x, curve.y.mean(axis=0), zorder=4 if label == BASE else 3, **look)
+        axis.plot(curve.x, curve.y.mean(axis=0), zorder=4 if label == BASE else 3, label=label, **look)
         if band and len(curve.y) > 1:
             axis.fill_between(curve.x, *band(curve.y), color=look["color"], alpha=0.13, linewidth=0)
 
@@ -291,5 +292,6 @@ def draw_panels(
 
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    figure.savefig(path, format="svg", facecolor="white",
+                   metadata={"Date": None, "Creator": None, "Description": describe(figure)})
     return path

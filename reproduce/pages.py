@@ -1,9 +1,10 @@
-"""Every table and figure again, and the README's numbers, from the records (and the paper's numbers) alone.
-
-Nothing is trained.
+"""Every table and figure again, the results page and the README's numbers, from the records alone.  Nothing is trained.
 
     python -m reproduce.pages                       # results/
     python -m reproduce.pages --results results/ci  # another folder of records
+
+The core cannot know the experiments, and the results page needs not: `opus_bench.site` binds whatever pages lie
+in the folder.  So this command writes them all and then binds them, and `opus-bench report` binds the same files.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from opus_bench import site
 from opus_bench.figures import OPTIMIZERS
 from opus_bench.report import update_readme
 from opus_bench.results import load
 from opus_bench.schema import RecordError
 from opus_bench.tables import markdown
 
+from .comparison import REPORTED
 from .measurement import newest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,11 @@ ELSEWHERE = {"scoring": "benchmarks.scoring"}  # modules that are not reproduce.
 READS = {"overhead": "scoring"}  # experiments whose records a page is made from, where it has another name
 WITHOUT_RECORDS = ("audit",)  # pages that are made from the paper's numbers alone
 WITHOUT_SCALE = (*ELSEWHERE, *READS, "coverage")
+INSTRUMENT = """\
+# The instrument: what each approximation costs
+
+Made by `python -m reproduce.pages` from the records of the pages named in the last column: their last stage, mean over
+seeds. Orders of magnitude and signs carry over at best."""
 MARKERS = ("<!-- instrument -->", "<!-- end of instrument -->")
 Cell = Callable[[list[dict]], str]
 
@@ -119,7 +127,7 @@ def instrument_block(results_dir: Path, scale: str = "smoke") -> str:
 
 
 def write(results_dir: Path, scripts: Sequence[str] = SCRIPTS) -> tuple[list[Path], list[str]]:
-    """Pages and figures of every script that has records, and the README's blocks; and what was not run."""
+    """Pages and figures of every script that has records, the results page, the README's blocks; what was not run."""
     paths, missing = [], []
     for name in scripts:
         module = ELSEWHERE.get(name, f"reproduce.{name}")
@@ -128,11 +136,33 @@ def write(results_dir: Path, scripts: Sequence[str] = SCRIPTS) -> tuple[list[Pat
             missing.append(f"{name}: not run: no record; `python -m {module}{options}` makes them")
             continue
         paths += importlib.import_module(module).write(results_dir)
+    if paths:
+        paths += [_page(results_dir, "instrument", f"{INSTRUMENT}\n\n{instrument_page(results_dir)}"),
+                  *_not_run(results_dir, missing), site.write(results_dir, REPORTED)]
     readme = results_dir.absolute().parent / "README.md"
     if readme.exists() and MARKERS[0] in readme.read_text(encoding="utf-8"):
         update_readme(readme, MARKERS, instrument_block(results_dir))
         paths.append(readme)
     return list(dict.fromkeys(paths)), missing
+
+
+def instrument_page(results_dir: Path) -> str:
+    """The same as a page of results/tables: with its links from there."""
+    return instrument_block(results_dir).replace("](results/tables/", "](")
+
+
+def _not_run(results_dir: Path, missing: Sequence[str]) -> list[Path]:
+    """A page of what has no record, so that whoever binds the pages says it too; none where nothing is missing."""
+    if missing:
+        return [_page(results_dir, "not_run", "# Not run\n\n" + "\n".join(f"- {line}" for line in missing))]
+    (results_dir / "tables" / "not_run.md").unlink(missing_ok=True)
+    return []
+
+
+def _page(results_dir: Path, name: str, text: str) -> Path:
+    path = results_dir / "tables" / f"{name}.md"
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+    return path
 
 
 def main() -> int:

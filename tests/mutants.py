@@ -172,6 +172,20 @@ MUTANTS = [
     ("reproduce/claims.py", "if key not in seen:", "if True:", "pairs printed twice count twice", "audit"),
     ("reproduce/headlines.py", "or m.endswith(tag)", "or True", "Random of another corpus", "audit"),
     ("opus_bench/tables.py", "HOLM_MARK if row.label in survivors else MARK", "HOLM_MARK", "mark of Holm without Holm", "report"),
+    ("opus_bench/site_pages.py", ' or text.startswith(NOT_RUN) or column.startswith("the paper\'s")', ' or text.startswith(NOT_RUN)',
+     "the paper's numbers stand on our runs", "site"),
+    ("opus_bench/site_pages.py", "bearing = [r for r in chosen if label_of(r) in wanted]", "bearing = list(chosen)",
+     "a row opens every method's runs", "site"),
+    ("opus_bench/site_pages.py", '{"html": False}', '{"html": True}', "HTML of a record is markup", "site"),
+    ("opus_bench/site_pages.py", "optimizer = optimizer_of(column) or next(", "optimizer = next(",
+     "columns of an optimizer open both", "site"),
+    ("opus_bench/site.py", 'text.replace("<", r"\\u003c")', "text", "a record ends the script element", "site"),
+    ("opus_bench/site.py", 'str(config["seed"] + 1)', 'str(config["seed"])', "the replay stops before its seed", "site"),
+    ("opus_bench/site_figures.py", "    if tag not in ELEMENTS:", "    if False:", "scripts of a figure let through", "site"),
+    ("opus_bench/site_summary.py", "if interval.mean < 0 else", "if interval.mean > 0 else", "less and more exchanged", "site"),
+    ("opus_bench/figure_values.py", "down = figure.get_figheight() * 72 - places[:, 1]", "down = places[:, 1]",
+     "values of a figure upside down", "site"),
+    ("opus_bench/site.py", "state = where or", "state = where and", "older records not said to be", "site"),
 ]
 
 

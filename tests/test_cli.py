@@ -90,7 +90,8 @@ def test_report_writes_the_page_and_says_so(tmp_path, capsys):
     assert cli.main(["report", "--results", str(folder), "--reported", str(REPORTED)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("wrote ") and lines[0].endswith("table3.md")
-    assert len(lines) == 1 + len(list((folder / "figures").iterdir()))
+    assert len(lines) == 2 + len(list((folder / "figures").iterdir())) and lines[-1].endswith("index.html")
+    assert 'id="table3"' in (folder / "index.html").read_text()
     assert "OPUS" in (folder / "tables" / "table3.md").read_text()
 
 

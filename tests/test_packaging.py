@@ -99,7 +99,8 @@ def test_committed_tables_and_figures_are_those_of_the_committed_records(tmp_pat
 
     from reproduce.pages import SCRIPTS, write
 
-    shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs")
+    for folder in ("runs", "validation"):
+        shutil.copytree(ROOT / "results" / folder, tmp_path / folder)
     written, missing = write(tmp_path)
     assert not missing
     for path in written:

@@ -35,3 +35,10 @@ def test_no_records_at_all_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["pages", "--results", str(tmp_path)])
     assert pages.main() == 2
     assert "holds no records" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_a_page_until_it_is_there(tmp_path):
+    (tmp_path / "tables").mkdir()
+    (path,) = pages._not_run(tmp_path, ["table9: not run: no record"])
+    assert path.read_text() == "# Not run\n\n- table9: not run: no record\n"
+    assert pages._not_run(tmp_path, []) == [] and not path.exists()
