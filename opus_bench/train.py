@@ -8,6 +8,7 @@ the initial weights depend on the seed alone, so methods are paired seed by seed
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import sys
 import time
@@ -138,14 +139,19 @@ def update(
     """One optimizer step on the mean loss of the sequences; returns that loss (nat/token).
 
     Raises:
-        FloatingPointError: for a loss that is NaN or infinite, before anything is changed.
+        FloatingPointError: for a loss or a gradient that is NaN or infinite, before a weight is changed.
     """
     loss = sample_losses(model, tokens).mean()
     value = loss.item()
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the training loss is {value}; lower the learning rate")
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    if not math.isfinite(norm):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(f"the gradient's norm is {norm} though the loss is {value:g}; the weights are "
+                                 "probably about to diverge, lower the learning rate")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -154,8 +160,15 @@ def update(
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, tokens: Int[Tensor, "n t"], batch: int = 16) -> float:
-    """Mean loss of the sequences in nat/token."""
-    return torch.cat([sample_losses(model, part) for part in tokens.split(batch)]).mean().item()
+    """Mean loss of the sequences in nat/token.
+
+    Raises:
+        FloatingPointError: if it is NaN or infinite.
+    """
+    value = torch.cat([sample_losses(model, part) for part in tokens.split(batch)]).mean().item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the validation loss is {value}; the weights have diverged, lower the learning rate")
+    return value
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -184,6 +197,7 @@ class Progress:
     peak_bytes: int = 0
     selected_sha256: str = ""  # chained over steps: sha256(previous + ids chosen)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what happened on the way that a reader should know
     offered: dict[str, int] = field(default_factory=dict)
     chosen: dict[str, int] = field(default_factory=dict)
     per_step: dict[str, list[Any]] = field(
@@ -215,6 +229,11 @@ def train(
 
     Deterministic on CPU for a given number of threads.  Killed at any moment and called again with
     the same arguments, it ends with the same weights, losses and choices bit for bit.
+
+    Raises:
+        FloatingPointError: for a loss, gradient or utility that is NaN or infinite, naming the step.
+        OSError: for a checkpoint that cannot be written.
+        ValueError: for a checkpoint of another run.
     """
     set_determinism(config.threads)
     torch.manual_seed(config.seed)
@@ -230,8 +249,9 @@ def train(
     points = {round(config.steps * i / config.evaluations) for i in range(1, config.evaluations + 1)}
 
     progress = Progress()
-    if checkpoint is not None and checkpoint.exists():
-        progress = Progress(**read_checkpoint(checkpoint, model, optimizers, generator, selector))
+    saved = None if checkpoint is None else read_checkpoint(checkpoint, model, optimizers, generator, selector)
+    if saved is not None:
+        progress = Progress(**saved)
     else:
         progress.note_loss(config, f"val/{target}", validation_loss(model, held_out))
 
@@ -242,13 +262,13 @@ def train(
             state = TrainState(model, optimizers, progress.step, proxy.proxy(progress.step))
             selection = selector.select(candidates, config.selected_size, state, generator)
         chosen = candidates.take(selection.indices.sort().values)
-        with progress.clock("train_s"):
+        with progress.clock("train_s"), named_step(progress.step):
             loss = update(model, optimizers, chosen.tokens, config.clip)
         _note_selection(progress, candidates, chosen, selection.diagnostics)
         progress.step += 1
         if progress.step in points:
             progress.note_loss(config, "train", loss)
-            with progress.clock("eval_s"):
+            with progress.clock("eval_s"), named_step(progress.step):
                 progress.note_loss(config, f"val/{target}", validation_loss(model, held_out))
         if checkpoint is not None and (
             progress.step % config.checkpoint_every == 0 or progress.step == config.steps
@@ -259,6 +279,15 @@ def train(
             on_step(progress.step)
     progress.peak_bytes = max(progress.peak_bytes, peak_bytes())
     return model, progress
+
+
+@contextmanager
+def named_step(step: int) -> Iterator[None]:
+    """Say in which step a number ceased to be one."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from error
 
 
 def set_determinism(threads: int) -> None:
@@ -279,3 +308,6 @@ def _note_selection(progress: Progress, candidates: Batch, chosen: Batch, diagno
     for name in STEP_DIAGNOSTICS:
         value = diagnostics.get(name)
         progress.per_step[name].append(None if value is None else float(f"{value:.7g}"))
+    note = diagnostics.get("out_of_memory")
+    if note is not None and note not in progress.notes:
+        progress.notes.append(note)

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opus_bench import results
+from opus_bench.checkpoint import remove_checkpoints
 from opus_bench.corpus import Corpus, build_corpus
 from opus_bench.train import RunConfig
 
 from .scales import SCALES
+from .training import CHECKPOINT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,6 +124,8 @@ def run_grid(runs: list[Job], options: argparse.Namespace, write: Write) -> int:
     _print_plan(runs, done, results.load(records), options.workers)
     if options.dry_run:
         return 0
+    for identity in done:  # left by who was killed just after writing the record
+        remove_checkpoints(options.results / "work" / identity / CHECKPOINT)
     if todo:
         started = time.perf_counter()
         corpus = build_corpus(scale.corpus)

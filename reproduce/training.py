@@ -20,6 +20,7 @@ from opus_bench.train import RunConfig
 from .scales import SCALES
 
 SUITE_SEED = 0
+CHECKPOINT = "checkpoint.pt"  # in the working folder of a run
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,16 @@ class Run:
         ``on_progress`` is told how many of ``units`` are done.  An unfinished run goes on from its checkpoint.
         """
         from baselines import build_selector
+        from opus_bench.checkpoint import remove_checkpoints
         from opus_bench.train import train, weights_sha256
 
         config = self.config
         record_path = results.record_path(results_dir / "runs", self.run_id)
         with locked(results_dir, self.run_id) as work:
+            checkpoint = work / CHECKPOINT
             if record_path.exists():
+                remove_checkpoints(checkpoint)  # of who was killed after writing the record
                 return results.read(record_path)
-            checkpoint = work / "checkpoint.pt"
             corpus = build_corpus(SCALES[self.scale].corpus, progress=False)
             suite = _suite(corpus, self.suite_size) if self.suite else None
             selector = build_selector(config.selector, dict(config.selector_options), corpus, config.length)
@@ -163,11 +166,11 @@ class Run:
                 "metrics": progress.metrics,
                 "evals": rows,
                 "selection": {"offered": progress.offered, "chosen": progress.chosen,
-                              "per_step": progress.per_step, "notes": []},
+                              "per_step": progress.per_step, "notes": progress.notes},
                 "final": {"weights_sha256": weights_sha256(model)},
             }
             results.write(record, results_dir / "runs")
-            checkpoint.unlink(missing_ok=True)
+            remove_checkpoints(checkpoint)
         on_progress(self.units)
         return record
 
@@ -203,12 +206,17 @@ def corpus_hashes(corpus: Corpus) -> dict[str, str]:
 
 @contextmanager
 def locked(results_dir: Path, run_id: str) -> Iterator[Path]:
-    """The working folder of a run, made and held by this process alone until the block ends."""
+    """The working folder of a run, made and held by this process alone until the block ends.
+
+    What a killed process left of writing the run's record is swept away.
+    """
     from filelock import FileLock
 
     work = results_dir / "work" / run_id
     work.mkdir(parents=True, exist_ok=True)
     with FileLock(work / "lock"):
+        for half_written in (results_dir / "runs").glob(f".{run_id}.*.tmp"):
+            half_written.unlink()
         yield work
 
 

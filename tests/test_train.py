@@ -7,11 +7,12 @@ import torch
 
 from baselines import NAMES, build_selector
 from baselines.random import Random
+from opus_bench.checkpoint import read_whole, remove_checkpoints
 from opus_bench.model import OpusGPT2, OpusGPT2Config
 from opus_bench.selector import ARMS
 from opus_bench.stream import CandidateStream, PoolProxyStream, ProxyStream
 from opus_bench.train import (RunConfig, build_optimizers, muon_momentum, rate_factor, set_schedule, train,
-                              update, weights_sha256)
+                              update, validation_loss, weights_sha256)
 
 SIZES = dict(model="ci", steps=6, length=24, buffer=6, proxy_size=3, evaluations=3, validation_sequences=4,
              checkpoint_every=2, adam_lr=0.01)
@@ -178,18 +179,27 @@ def test_a_loss_that_is_nan_stops_before_the_weights_change():
     assert weights_sha256(model) == before
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * len(b)])
-def test_a_damaged_checkpoint_is_one_clear_error_and_is_left_alone(corpus, tmp_path, spoil):
-    config, path = RunConfig("random", **SIZES), tmp_path / "checkpoint.pt"
-    with pytest.raises(Stopped):
-        run(corpus, config, path, stop_after=4)
-    path.write_bytes(spoil(path.read_bytes()))
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="checkpoint .* cannot be read .*delete it to start this run again"):
-        run(corpus, config, path)
-    assert path.read_bytes() == before
+def test_a_gradient_that_is_nan_stops_before_the_weights_change():
+    model = OpusGPT2(OpusGPT2Config.from_size("ci", 300))
+    optimizers = build_optimizers(model, RunConfig("random", **SIZES))
+    model.blocks[0].up.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = weights_sha256(model)
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan though the loss is .*learning rate"):
+        update(model, optimizers, torch.randint(300, (2, 24)), 1.0)
+    assert weights_sha256(model) == before and all(p.grad is None for p in model.parameters())
 
 
-def test_no_temporary_file_is_left_beside_a_checkpoint(corpus, tmp_path):
+def test_a_validation_loss_that_is_nan_is_an_error_and_no_number():
+    model = OpusGPT2(OpusGPT2Config.from_size("ci", 300))
+    with torch.no_grad():
+        model.blocks[0].up.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the validation loss is nan; the weights have diverged"):
+        validation_loss(model, torch.randint(300, (2, 24)))
+
+
+def test_a_checkpoint_and_the_one_before_are_all_that_is_left(corpus, tmp_path):
     run(corpus, RunConfig("random", **SIZES), tmp_path / "checkpoint.pt")
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.previous"]
+    assert [read_whole(p)["progress"]["step"] for p in sorted(tmp_path.iterdir())] == [6, 4]
+    remove_checkpoints(tmp_path / "checkpoint.pt")
+    assert not list(tmp_path.iterdir())
