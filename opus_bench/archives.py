@@ -208,18 +208,26 @@ def download(archive: Archive, destination: Path, progress: bool) -> None:
 
 
 def fetch(key: str, cache: str | os.PathLike | None = None, progress: bool = True) -> Path:
+    """Path of the verified archive of this key, as `fetch_archive` gives it.
+
+    Raises:
+        CorpusError: if the key is unknown, or the archive cannot be fetched or has another digest.
+    """
+    known = ARCHIVES | MODELS
+    if key not in known:
+        raise CorpusError(f"unknown source {key!r}; known: {', '.join(known)}")
+    return fetch_archive(known[key], cache, progress)
+
+
+def fetch_archive(archive: Archive, cache: str | os.PathLike | None = None, progress: bool = True) -> Path:
     """Path of the verified archive, downloaded on first use (one retry) and cached.
 
     The download goes to a temporary file and gets its name only after its digest is right, so a
     file under archives/ is complete whenever it exists; a lock makes concurrent calls share it.
 
     Raises:
-        CorpusError: if the archive is unknown, cannot be fetched, or has another digest.
+        CorpusError: if the archive cannot be fetched, or has another digest.
     """
-    known = ARCHIVES | MODELS
-    if key not in known:
-        raise CorpusError(f"unknown source {key!r}; known: {', '.join(known)}")
-    archive = known[key]
     folder = cache_directory(cache) / "archives"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / archive.filename

@@ -5,6 +5,8 @@
     opus-bench report                       # tables and figures from the records
     opus-bench proxy --help                 # documents most like benchmark items, out of a pool
     opus-bench doctor                       # what this machine has for each scale
+    opus-bench data --source fineweb --out DIR       # text at paper scale to token shards; --dry-run first
+    opus-bench contamination --pool DIR --items FILE # which evaluation items stand in a pool
 
 Experiments are scripts of their own: ``python -m reproduce.table3 --help``.
 Exit codes: 0; 1 when doctor finds something missing or validate misses a threshold; 2 after one line
@@ -25,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import pool_commands
 from .proxy_command import SUMMARY, proxy_options, run_proxy
 from .validation.own_report import measures, table, text, threshold_help
 from .validation.own_settings import DTYPES, OPTIMIZERS, TOKEN_DTYPES, OwnSettings
@@ -90,6 +93,10 @@ def parser() -> argparse.ArgumentParser:
     one = command("doctor", doctor, "show what this machine has for each scale, and the mend for what is missing")
     one.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER",
                      help="folder that records will be written to (default: results of the repository)")
+
+    pool_commands.data_options(command("data", pool_commands.data, "tokenise text at paper scale into a pool of shards"))
+    pool_commands.contamination_options(command("contamination", pool_commands.contamination,
+                                                "which evaluation items stand in a pool, by shared runs of words"))
     return top
 
 

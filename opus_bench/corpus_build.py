@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -156,10 +156,16 @@ def train_tokenizer(spec: CorpusSpec, splits: dict[tuple[str, str], list[Documen
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """The tokens of the texts, each followed by the end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    tokenizer.encode_special_tokens = True  # the marker inside a text is text
     tokens: list[int] = []
-    for start in range(0, len(texts), 1024):
-        for encoding in tokenizer.encode_batch_fast(texts[start : start + 1024]):
-            tokens += encoding.ids
-            tokens.append(end)
+    for ids in token_lists(tokenizer, texts):
+        tokens += ids
+        tokens.append(end)
     return np.array(tokens, dtype=np.uint16)
+
+
+def token_lists(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    """The tokens of each text: no special token is added, and the name of one inside a text is text."""
+    tokenizer.encode_special_tokens = True
+    for start in range(0, len(texts), 1024):
+        for encoding in tokenizer.encode_batch_fast(texts[start : start + 1024], add_special_tokens=False):
+            yield encoding.ids

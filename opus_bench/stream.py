@@ -12,7 +12,7 @@ before all others of its domain were shown.
 
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,15 @@ def domain_rng(seed: int, domain: str, *rest: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(domain.encode()), *rest])
 
 
+def epoch_rows(turns: np.ndarray, size: int, permutation: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Which of `size` sequences come at these turns: turn k is entry k mod size of permutation k div size."""
+    rows = np.empty(len(turns), dtype=np.int64)
+    for epoch in np.unique(turns // size):
+        here = turns // size == epoch
+        rows[here] = permutation(int(epoch))[turns[here] % size]
+    return rows
+
+
 class CandidateStream:
     """The candidates of every step, drawn from the train pool by the shares of the spec.
 
@@ -94,9 +103,7 @@ class CandidateStream:
         for i in range(len(self.domains)):
             at = np.flatnonzero(domains == i)
             turns = counts[i] + np.arange(len(at))
-            for epoch in np.unique(turns // self.sizes[i]):
-                here = turns // self.sizes[i] == epoch
-                rows[at[here]] = self._permutation(i, int(epoch))[turns[here] % self.sizes[i]]
+            rows[at] = epoch_rows(turns, self.sizes[i], functools.partial(self._permutation, i))
         return self._batch(domains, rows)
 
     def repeats(self, step: int) -> int:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..shards import is_shard, read_shard
 from .own_settings import TEXT, OwnSettings
 
-SHARD_MAGIC, SHARD_HEADER = 20240520, 1024  # of the .bin of llm.c and modded-nanogpt: int32, bytes
 DOCUMENTS = 256  # tokenised at once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -155,10 +155,8 @@ def token_array(path: str, dtype: str) -> np.ndarray:
             if not torch.is_tensor(ids):
                 raise ValueError(f"it holds a {type(ids).__name__}, not a tensor")
             return ids.numpy()
-        with open(path, "rb") as file:
-            header = np.frombuffer(file.read(SHARD_HEADER), np.uint8)
-        if len(header) == SHARD_HEADER and header[:4].view("<i4")[0] == SHARD_MAGIC:
-            return np.memmap(path, "<u2", "r", offset=SHARD_HEADER)
+        if is_shard(path):
+            return read_shard(path)
         return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
     except (ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"cannot read token ids of {path} ({error})") from error
