@@ -4,13 +4,14 @@
     opus-bench validate --model FOLDER --data FILE --report FILE.md        # the same on a model of your own
     opus-bench report                       # tables and figures from the records
     opus-bench proxy --help                 # documents most like benchmark items, out of a pool
+    opus-bench evaluate --model FOLDER --suite paper       # the paper's benchmarks, or ood, cpt, offline
     opus-bench doctor                       # what this machine has for each scale
     opus-bench data --source fineweb --out DIR       # text at paper scale to token shards; --dry-run first
     opus-bench contamination --pool DIR --items FILE # which evaluation items stand in a pool
 
 Experiments are scripts of their own: ``python -m reproduce.table3 --help``.
-Exit codes: 0; 1 when doctor finds something missing or validate misses a threshold; 2 after one line
-about bad input; 130 on ctrl-C.
+Exit codes: 0; 1 when doctor finds something missing, validate misses a threshold or evaluate could not run a
+task; 2 after one line about bad input; 130 on ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import pool_commands
 from .proxy_command import SUMMARY, proxy_options, run_proxy
+from .evaluate_command import evaluate, evaluation_options
 from .validation.own_report import measures, table, text, threshold_help
 from .validation.own_settings import DTYPES, OPTIMIZERS, TOKEN_DTYPES, OwnSettings
 
@@ -89,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
     own_options(one)
 
     proxy_options(command("proxy", run_proxy, SUMMARY))
+    one = command("evaluate", evaluate, "evaluate a model with lm-eval on one of the suites; every task is put on disk "
+                                        "when it is done, so the same command goes on after an interruption")
+    evaluation_options(one)
 
     one = command("doctor", doctor, "show what this machine has for each scale, and the mend for what is missing")
     one.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER",

@@ -105,7 +105,10 @@ def quiet(description: str, total: int | None = None) -> Iterator[None]:
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, loaded: dict, batch_size: int, limit: int | None
 ) -> dict:
-    """lm-eval's results on loaded tasks, samples included, every log-likelihood finite."""
+    """lm-eval's results on loaded tasks, samples included, every log-likelihood finite.
+
+    Log-probabilities of a model in half precision are taken in float32, where bfloat16 would make options tie.
+    """
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
@@ -115,7 +118,13 @@ def run_tasks(
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=0)
-    lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    softmax_dtype = torch.float32 if model.dtype in (torch.bfloat16, torch.float16) else None
+    generates = any(task.OUTPUT_TYPE == "generate_until" for task in loaded["tasks"].values())
+    if generates and not getattr(model, "left_padding", True):
+        batch_size = 1  # lm-eval pads prompts of several lengths on the left
+    lm = HFLM(
+        pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=softmax_dtype
+    )
     try:
         results = evaluator.evaluate(lm, loaded, limit=limit, log_samples=True, bootstrap_iters=1)
     except AssertionError as error:
@@ -124,7 +133,7 @@ def run_tasks(
         )
         raise ValueError(message) from error
     for name, samples in results["samples"].items():
-        for sample in samples:
+        for sample in samples if loaded["tasks"][name].OUTPUT_TYPE != "generate_until" else ():
             values = loglikelihoods(sample)
             if not all(map(math.isfinite, values)):
                 raise ValueError(
@@ -189,6 +198,21 @@ def evaluate(
     Raises:
         ValueError: if a log-likelihood is not finite, or the tokenizer has no bos and no eos token.
     """
+    return evaluate_items(model, tokenizer, suite, batch_size, limit)[0]
+
+
+def evaluate_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    suite: Suite,
+    batch_size: int = 64,
+    limit: int | None = None,
+) -> tuple[list[dict], list[dict]]:
+    """`evaluate`'s rows, and the outcome of every item.
+
+    Items have `part` (the task), `doc` (their place), `sha` (of the item), `nll` (nat, total of each option) and
+    `gold`, `correct`, or `bytes` where the item is a text for bits per byte.
+    """
     from lm_eval.tasks import TaskManager
 
     parts = {**suite.tasks, **{f"bits_per_byte_{domain}": part for domain, part in suite.domains.items()}}
@@ -209,7 +233,15 @@ def evaluate(
         row = _row(results, name, "bits_per_byte", batch_size, limit)
         pairs = [sample["bits_per_byte"] for sample in results["samples"][name]]
         rows.append(row | {"stderr": _ratio_stderr(pairs), "unit": "bit/byte", "domain": domain})
-    return rows
+    return rows, [_item(name, sample) for name in parts for sample in results["samples"][name]]
+
+
+def _item(name: str, sample: dict) -> dict:
+    found = {"part": name, "doc": sample["doc_id"], "sha": sample["doc_hash"][:16]}
+    found["nll"] = [-value for value in loglikelihoods(sample)]
+    if "bits_per_byte" in sample:
+        return found | {"bytes": sample["bits_per_byte"][1]}
+    return found | {"gold": sample["doc"]["answer"], "correct": float(sample["acc"])}
 
 
 def _local_config(name: str, path: Path, cache: str) -> dict[str, Any]:

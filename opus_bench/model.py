@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 SIZES = {  # name: (layers, width, heads, context); large and xl as in the paper
@@ -128,14 +128,19 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(rms_norm(x))))
 
 
-class OpusGPT2(PreTrainedModel):
-    """The paper's GPT-2: a transformers model, so lm-eval and save_pretrained just work."""
+class OpusGPT2(PreTrainedModel, GenerationMixin):
+    """The paper's GPT-2: a transformers model, so lm-eval, save_pretrained and generate just work.
+
+    `generate` computes the whole sequence anew for each token, since no keys and values are kept, and takes prompts
+    of one length at a time, since padding on the left is refused.
+    """
 
     config_class = OpusGPT2Config
     base_model_prefix = "model"
     _tied_weights_keys = {"head.weight": "embedding.weight"}
     _no_split_modules = ["Block"]
     supports_gradient_checkpointing = False
+    left_padding = False
 
     def __init__(self, config: OpusGPT2Config) -> None:
         super().__init__(config)
@@ -165,6 +170,10 @@ class OpusGPT2(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.head = value
+
+    def prepare_inputs_for_generation(self, input_ids: Int[Tensor, "n t"], **kwargs) -> dict[str, Tensor | None]:
+        """Whole sequences, with their mask."""
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def forward(
         self,

@@ -1,49 +1,32 @@
-"""The paper's ten in-domain tasks with lm-eval, where there is a hub to load them from.
+"""The paper's suites with lm-eval, from a hub, its cache, or local files.
 
     rows = evaluate_paper_suite(model, tokenizer)           # one row a task, or why it was not run
+    for row, samples in evaluate_tasks(model, tokenizer, SUITES["ood"], data="items"):    # with every item's outcome
 
-The same promises as `evaluate.evaluate`: no trace, no output but one progress bar.
+A file `data/NAME.SPLIT.jsonl` (or .parquet) stands in for that split of lm-eval's task NAME; prompts, options and
+judging stay those of the task. The same promises as `evaluate.evaluate`: no trace, no output but one progress bar.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opus_bench.evaluate import TEMPLATES, loglikelihoods, quiet, run_tasks, undisturbed
+from opus_bench.evaluate import loglikelihoods, quiet, run_tasks, undisturbed
+from opus_bench.paper_items import CannotLoad, Loader, count_note, describe, first_line, gold_option
+from opus_bench.paper_tasks import PAPER_TASKS, PaperTask
+from opus_bench.schema import canonical, text_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-
-@dataclass(frozen=True)
-class PaperTask:
-    """One of the paper's in-domain tasks: lm-eval's names for it (several are pooled) and the number
-    of items the paper states, None where it states none."""
-
-    name: str
-    lm_eval: tuple[str, ...]
-    n: int | None
-
-
-PAPER_TASKS = (
-    PaperTask("MMLU", ("mmlu_continuation",), 14042),
-    PaperTask("ANLI", ("anli_r1", "anli_r2", "anli_r3"), None),
-    PaperTask("HellaSwag", ("hellaswag",), 10042),
-    PaperTask("PIQA", ("piqa",), 1838),
-    PaperTask("SIQA", ("social_iqa",), 1954),
-    PaperTask("WinoGrande", ("winogrande",), 1267),
-    PaperTask("ARC-E", ("paper_arc_easy",), 567),
-    PaperTask("ARC-C", ("paper_arc_challenge",), 295),
-    PaperTask("CommonsenseQA", ("paper_commonsense_qa",), 1221),
-    PaperTask("WSC", ("wsc",), 104),
-)
 HUB_TIMEOUT = 5.0
 """Seconds to wait for one answer of the hub."""
+MAX_NEW_TOKENS = 256  # lm-eval's, where a task says nothing
 
 
 def hub_problem() -> str | None:
@@ -65,7 +48,7 @@ def hub_problem() -> str | None:
             huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
             outcome.append(None)
         except Exception as error:  # noqa: BLE001 any failure to reach the hub is the answer
-            outcome.append(f"{type(error).__name__}: {_first_line(error)}")
+            outcome.append(f"{type(error).__name__}: {first_line(error)}")
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -79,79 +62,137 @@ def evaluate_paper_suite(
     tasks: Sequence[PaperTask] = PAPER_TASKS,
     limit: int | None = None,
     batch_size: int = 16,
+    data: str | Path | None = None,
 ) -> list[dict]:
-    """The paper's zero-shot accuracies with lm-eval's prompts, one row a task.
+    """The rows of `evaluate_tasks`, without the items."""
+    return [row for row, _ in evaluate_tasks(model, tokenizer, tasks, limit, batch_size, data)]
 
-    The metric is the paper's: the option of the lowest mean negative log-likelihood over its tokens
-    (`acc_mean_nll`), from the log-likelihoods lm-eval computed; tasks of several parts pool items.
-    MMLU, ARC and CommonsenseQA score full answers, ARC on its development split. The paper's prompts
-    are not published, and the public ARC development splits have 570 and 299 items, not 567 and 295;
-    a row carries `n_paper` beside `n_samples`.
 
-    Returns:
-        Rows of the results schema; a task that could not be loaded is a row with `status`
-        "not run: no hub" or "not run: <reason>", and the details under `reason`.
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[PaperTask],
+    limit: int | None = None,
+    batch_size: int = 16,
+    data: str | Path | None = None,
+) -> Iterator[tuple[dict, list[dict]]]:
+    """Each task's row and the outcome of each of its items, as soon as the task is done.
+
+    Multiple choice is judged by the paper's rule: the option of the lowest mean negative log-likelihood over its
+    tokens (`acc_mean_nll`; the first of equals), from the log-likelihoods lm-eval computed. `acc` (lowest total) and
+    `acc_norm` (lowest per character) of lm-eval stand beside it under `other_rules`. Generated answers are judged by
+    the task. What is known of items and prompts is said in `paper_tasks`.
+
+    Args:
+        limit: only the first items of each part.
+        data: folder of local files in place of the hub.
+
+    Yields:
+        A row of the results schema with, beyond it, `n_paper` and `count`, the comparison of the item counts;
+        `parts`, the item set (lm-eval's task, data set, config, split, revision, fingerprint, files' sha256, items,
+        accuracy); `items_sha256`, of all questions, options and answers as they were asked; `notes`; or a row with
+        `status` "not run: ..." and the details under `reason`. Items have `part`, `doc`, `sha` (of the item), and
+        `nll` (nat, total of each option), `tokens` (of each option), `gold`, `correct`, or `response`, `correct`.
+
+    Raises:
+        ValueError: a file of `data` that belongs to no task; a log-likelihood that is not finite.
     """
-    problem = hub_problem()
-    if problem is not None:
-        return [{"task": task.name, "status": "not run: no hub", "reason": problem} for task in tasks]
-    from lm_eval.tasks import TaskManager
-
-    rows = []
-    with undisturbed(model), quiet("the paper's tasks"):
-        registry = TaskManager(include_path=str(TEMPLATES))
+    with tempfile.TemporaryDirectory() as cache:
+        with quiet("preparing"):
+            loader = Loader(tasks, data, cache, hub_problem)
         for task in tasks:
-            try:
-                loaded = registry.load(list(task.lm_eval))
-            except Exception as error:  # noqa: BLE001 any failure to load is the row's reason
-                reason = f"{type(error).__name__}: {_first_line(error)}"
-                rows.append({"task": task.name, "status": f"not run: {reason}", "reason": str(error)})
-                continue
-            results = run_tasks(model, tokenizer, loaded, batch_size, limit)
-            rows.append(_paper_row(task, results, loaded["tasks"], batch_size, limit))
-    return rows
+            with undisturbed(model), quiet(task.name):
+                try:
+                    loaded = loader.load(task)
+                    check_generation(model, loaded["tasks"])
+                except CannotLoad as error:
+                    row, samples = {"task": task.name, "status": error.status, "reason": str(error)}, []
+                else:
+                    results = run_tasks(model, tokenizer, loaded, batch_size, limit)
+                    samples = [
+                        _outcome(name, loaded["tasks"][name], sample, results["lm"])
+                        for name in loaded["tasks"] for sample in results["samples"][name]
+                    ]
+                    row = _row(task, loader, loaded["tasks"], results, samples, batch_size, limit)
+            yield row, samples
 
 
-def _paper_row(task: PaperTask, results: dict, leaves: dict, batch_size: int, limit: int | None) -> dict:
-    correct = [
-        _lowest_mean_nll(results["lm"], sample) == _gold(leaves[name], sample["doc"])
-        for name, samples in results["samples"].items()
-        for sample in samples
-    ]
-    n, value = len(correct), sum(correct) / len(correct)
-    first = next(iter(leaves))
+def check_generation(model: PreTrainedModel, parts: dict) -> None:
+    """Refuse tasks whose answers are generated where the model cannot generate them.
+
+    Raises:
+        CannotLoad: a model without `generate`, or one whose context the longest answer fills.
+    """
+    lengths = [(part.config.generation_kwargs or {}).get("max_gen_toks", MAX_NEW_TOKENS)
+               for part in parts.values() if part.OUTPUT_TYPE == "generate_until"]
+    if not lengths:
+        return
+    if not model.can_generate():
+        raise CannotLoad("the model cannot generate", f"{type(model).__name__} has no `generate`")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and context <= max(lengths):
+        raise CannotLoad("the model's context is too short",
+                         f"answers may have {max(lengths):,} tokens, the model takes {context:,} in all")
+
+
+def _row(task: PaperTask, loader: Loader, parts: dict, results: dict, samples: list[dict], batch_size: int,
+         limit: int | None) -> dict:
+    first = next(iter(parts.values()))
+    generated = first.OUTPUT_TYPE != "multiple_choice"
+    described = [describe(name, part, loader, [s["correct"] for s in samples if s["part"] == name])
+                 for name, part in parts.items()]
+    shares = [part["value"] for part in described]
+    variances = [p * (1 - p) / part["n"] for p, part in zip(shares, described, strict=True)]
+    n = len(samples)
+    if task.by_part:
+        value, stderr = math.fsum(shares) / len(shares), math.sqrt(math.fsum(variances)) / len(shares)
+    else:
+        value = sum(s["correct"] for s in samples) / n
+        stderr = math.sqrt(value * (1 - value) / n)
+    asked = [[s["doc_hash"], s["arguments"], str(s["target"])] for name in parts for s in results["samples"][name]]
     return {
         "task": task.name,
-        "task_version": f"{','.join(task.lm_eval)} {results['versions'].get(first)}",
-        "metric": "acc_mean_nll",
+        "task_version": f"{','.join(task.lm_eval)} {results['versions'].get(next(iter(parts)))}",
+        "metric": _metric(first) if generated else "acc_mean_nll",
         "higher_is_better": True,
-        "n_shot": results["n-shot"][first],
+        "n_shot": results["n-shot"][next(iter(parts))],
         "n_samples": n,
         "limit": limit,
         "batch_size": batch_size,
         "value": value,
-        "stderr": math.sqrt(value * (1 - value) / n),
+        "stderr": stderr,
         "n_paper": task.n,
+        "count": count_note(task, sum(part["n_available"] for part in described)),
+        "by_part": task.by_part,
+        "other_rules": {} if generated else _other_rules(results["samples"]),
+        "items_sha256": text_sha256(canonical(asked)),
+        "parts": described,
+        "notes": list(task.notes),
     }
 
 
-def _lowest_mean_nll(lm: Any, sample: dict) -> int:
-    """The option whose tokens have the highest mean log-likelihood; the first of equals."""
-    lengths = [_continuation_tokens(lm, *arguments[:2]) for arguments in sample["arguments"]]
-    means = [value / length for value, length in zip(loglikelihoods(sample), lengths)]
-    return max(range(len(means)), key=means.__getitem__)
+def _metric(part: Any) -> str:
+    return part.config.metric_list[0]["metric"]
+
+
+def _other_rules(samples: dict[str, list[dict]]) -> dict[str, float]:
+    """lm-eval's own accuracies where it has them for every item."""
+    items = [sample for part in samples.values() for sample in part]
+    return {rule: sum(item[rule] for item in items) / len(items)
+            for rule in ("acc", "acc_norm") if all(rule in item for item in items)}
+
+
+def _outcome(name: str, part: Any, sample: dict, lm: Any) -> dict:
+    found = {"part": name, "doc": sample["doc_id"], "sha": sample["doc_hash"][:16]}
+    if part.OUTPUT_TYPE != "multiple_choice":
+        return found | {"response": sample["resps"][0][0], "correct": float(sample[_metric(part)])}
+    nll = [-value for value in loglikelihoods(sample)]
+    tokens = [_continuation_tokens(lm, *arguments[:2]) for arguments in sample["arguments"]]
+    means = [total / length for total, length in zip(nll, tokens, strict=True)]
+    gold = gold_option(part, sample["doc"])
+    return found | {"nll": nll, "tokens": tokens, "gold": gold, "correct": float(means.index(min(means)) == gold)}
 
 
 def _continuation_tokens(lm: Any, context: str, continuation: str) -> int:
     encoded = lm._encode_pair(context, continuation)[1] if context else lm.tok_encode(continuation)
     return len(encoded)
-
-
-def _gold(task: Any, doc: dict) -> int:
-    """The index of the right option, from whichever field of the task holds it."""
-    target: Any = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    return task.doc_to_choice(doc).index(target) if isinstance(target, str) else int(target)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -18,9 +18,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opus_bench import items as item_rules
+
+if TYPE_CHECKING:
+    from opus_bench.corpus import Corpus
 
 BITS_DOCUMENTS = 20
 """Documents a domain for bits per byte: the first so many given."""
@@ -169,6 +172,19 @@ def load_suite(directory: str | Path) -> Suite:
         if not path.exists() or _sha256(path.read_text(encoding="utf-8")) != part.sha256:
             raise ValueError(f"{path} is missing or differs from its hash in suite.json: remove {directory} to rebuild")
     return Suite(directory, tasks, domains, **manifest)
+
+
+def corpus_suite(corpus: Corpus, size: int, seed: int) -> Suite:
+    """The suite of a corpus' held-out documents, beside it on disk: built the first time, then read back."""
+    target = corpus.spec.target
+    return write_suite(
+        corpus.directory.parent / f"suite-{corpus.spec.sha256[:12]}-{size}-{seed}",
+        documents=corpus.documents("evaluation", target),
+        reference_texts=corpus.documents("train", target),
+        bpb_documents={domain: corpus.documents("evaluation", domain) for domain in corpus.domains},
+        size=size,
+        seed=seed,
+    )
 
 
 def _sha256(text: str) -> str:

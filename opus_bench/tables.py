@@ -332,7 +332,8 @@ def _ours(row: Row | None, task: str) -> str:
     items = [item for record in row.records.values() for item in record["evals"] if _paper_task(item["task"]) == task]
     values = [item["value"] for item in items if item.get("value") is not None]
     if values:
-        return mean(values, 2, 100)
+        other = sorted({item["n_samples"] for item in items if item.get("n_paper") not in (None, item.get("n_samples"))})
+        return mean(values, 2, 100) + (f" ({', '.join(map(str, other))} items, not the paper's)" if other else "")
     status = next((item["status"] for item in items), f"{NOT_RUN}not in the records")
     return status if len(status) <= REASON_LENGTH else status[: REASON_LENGTH - 1] + "…"
 

@@ -222,15 +222,6 @@ def locked(results_dir: Path, run_id: str) -> Iterator[Path]:
 
 @functools.lru_cache
 def _suite(corpus: Corpus, size: int):
-    from opus_bench.suite import write_suite
+    from opus_bench.suite import corpus_suite
 
-    target = corpus.spec.target
-    directory = corpus.directory.parent / f"suite-{corpus.spec.sha256[:12]}-{size}-{SUITE_SEED}"
-    return write_suite(
-        directory,
-        documents=corpus.documents("evaluation", target),
-        reference_texts=corpus.documents("train", target),
-        bpb_documents={d: corpus.documents("evaluation", d) for d in corpus.domains},
-        size=size,
-        seed=SUITE_SEED,
-    )
+    return corpus_suite(corpus, size, SUITE_SEED)

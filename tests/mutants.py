@@ -204,6 +204,13 @@ MUTANTS = [
     ("reproduce/runner.py", "remove_checkpoints(options.results", "str(options.results", "checkpoint of a finished run left after a kill", "faults"),
     ("opus_bench/report.py", "os.replace(temporary, path)", "Path(path).write_text(temporary.read_text())", "README lost when writing breaks off", "faults"),
     ("baselines/quality.py", "zipfile.BadZipFile)", "ZeroDivisionError)", "damaged scores end in a traceback", "safe_loading"),
+    ("opus_bench/paper_suite.py", "[total / length for total, length in zip(nll, tokens, strict=True)]", "list(nll)", "total instead of mean over tokens", "paper_suite"),
+    ("opus_bench/paper_suite.py", "if task.by_part:", "if False:", "subtasks pooled", "paper_suite"),
+    ("opus_bench/tasks/paper_functions.py", 'len(doc["choices"]["text"]) == 4', "True", "any number of options", "paper_suite"),
+    ("opus_bench/paper_items.py", "if not 0 <= gold < n:", "if False:", "hidden labels accepted", "paper_suite"),
+    ("opus_bench/evaluate.py", "torch.float32 if model.dtype in (torch.bfloat16, torch.float16) else None", "None", "log-probabilities in bfloat16", "paper_suite"),
+    ("opus_bench/samples.py", "if ours.keys() != theirs.keys():", "if False:", "other items paired", "paper_suite"),
+    ("opus_bench/tables.py", 'not in (None, item.get("n_samples"))', 'not in (None, item.get("n_paper"))', "other counts hidden", "paper_suite"),
 ]
 
 

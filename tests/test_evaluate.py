@@ -21,10 +21,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrain
 from transformers.modeling_outputs import CausalLMOutput
 
 from opus_bench import items as rules
-from opus_bench import paper_suite, tables
+from opus_bench import model_evaluation, paper_items, paper_suite, tables
 from opus_bench import suite as suites
 from opus_bench.evaluate import TEMPLATES, evaluate
+from opus_bench.evaluate_command import EvaluationSettings
 from opus_bench.paper_suite import PAPER_TASKS, PaperTask, evaluate_paper_suite
+from opus_bench.results import record_path
+from opus_bench.samples import paired_samples, read_samples, samples_folder, samples_path
 from opus_bench.schema import check_eval
 from opus_bench.suite import load_suite, write_suite
 
@@ -310,6 +313,27 @@ def test_a_tokenizer_without_a_first_token_is_refused(bigram, words, suite):
         evaluate(bigram, bare, suite)
 
 
+def test_the_command_keeps_every_item_of_the_offline_suite(pieces, suite, tmp_path, monkeypatch):
+    model = tiny_gpt2(pieces).eval()
+    model.save_pretrained(tmp_path / "model")
+    pieces.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(model_evaluation, "offline_suite", lambda: suite)
+    settings = EvaluationSettings(str(tmp_path / "model"), "offline", batch_size=64)
+    record = model_evaluation.evaluate_model(settings, tmp_path / "runs")
+    assert record["evals"] == evaluate(model, pieces, suite, batch_size=64)
+    _, samples = read_samples(samples_path(samples_folder(tmp_path / "runs", record["run_id"]), "offline"))
+    rows = by_task(record["evals"])
+    for name in suite.tasks:
+        assert rows[name]["value"] == np.mean([s["correct"] for s in samples if s["part"] == name])
+        assert all(s["correct"] == (np.argmin(s["nll"]) == s["gold"]) for s in samples if s["part"] == name)
+    texts = [s for s in samples if s["part"] == "bits_per_byte_plain"]
+    ratio = sum(s["nll"][0] for s in texts) / sum(s["bytes"] for s in texts)
+    assert rows["bits_per_byte_plain"]["value"] == pytest.approx(ratio / math.log(2))
+    path = record_path(tmp_path / "runs", record["run_id"])
+    assert len(paired_samples(path, path)) == SIZE * len(suite.tasks)
+    assert [line["requests"] for line in model_evaluation.plan(settings)][-1] == suite.domains["odd"].n
+
+
 # The suite on disk.
 
 
@@ -439,7 +463,7 @@ def test_the_papers_rule_is_the_lowest_mean_negative_log_likelihood(bigram, word
         fields = {"text": text, "choices": choices, "target": target, "cache": tmp_path / "cache"}
         (tmp_path / f"{task}.yaml").write_text(LOCAL.format(task=task, data=tmp_path / f"{task}.jsonl", **fields))
     monkeypatch.setattr(paper_suite, "hub_problem", lambda: None)
-    monkeypatch.setattr(paper_suite, "TEMPLATES", tmp_path)
+    monkeypatch.setattr(paper_items, "TEMPLATES", tmp_path)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
 
     def mean(context, continuation):

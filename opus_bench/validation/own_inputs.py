@@ -191,8 +191,12 @@ def documents(path: str, field: str) -> Iterator[str]:
         raise ValueError(f"cannot read text of {path}: {error}") from error
 
 
-def tokenised(path: str, settings: OwnSettings) -> np.ndarray:
-    """Flat token ids of a text file's documents, up to ``text_tokens``."""
+def read_tokenizer(settings: OwnSettings) -> Any:
+    """The tokenizer named by the settings, or that of the model.
+
+    Raises:
+        ValueError: for a folder without one, and for one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
     name = settings.tokenizer or settings.model
@@ -200,8 +204,13 @@ def tokenised(path: str, settings: OwnSettings) -> np.ndarray:
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
         # transformers would make one without a vocabulary from the model's config
         raise ValueError(f"{name} holds no tokenizer; give --tokenizer, or token ids as --data")
-    tokenizer = _loaded("tokenizer", name, AutoTokenizer.from_pretrained, **place(name, "tokenizer"),
-                        trust_remote_code=settings.trust_remote_code)
+    return _loaded("tokenizer", name, AutoTokenizer.from_pretrained, **place(name, "tokenizer"),
+                   trust_remote_code=settings.trust_remote_code)
+
+
+def tokenised(path: str, settings: OwnSettings) -> np.ndarray:
+    """Flat token ids of a text file's documents, up to ``text_tokens``."""
+    tokenizer = read_tokenizer(settings)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     some: list[str] = []
