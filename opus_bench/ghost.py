@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .gradients import Factors, PerSampleGradient
 
@@ -40,6 +41,11 @@ def outside_autocast(function: Callable[Arguments, Result]) -> Callable[Argument
 def wide(x: Tensor) -> Tensor:
     """At least float32, in which sums of many products are worth having; integer ids as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded over processes, which all call this together; else x itself."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @outside_autocast

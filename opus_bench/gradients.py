@@ -106,12 +106,12 @@ def stream(
 
     Exactness, cost, side effects and errors: as ``capture``.
     """
-    canonical = {id(p): name for name, p in model.named_parameters()}
+    canonical = _canonical_names(model)
 
     def visit(call: int, module: nn.Module, a: Tensor, b: Tensor) -> None:
-        for parameter, factors in _factors(module, a, b):
+        for own_name, parameter, factors in _factors(module, a, b):
             shape = (parameter.shape[0], parameter.shape[1] if parameter.ndim == 2 else 1)
-            consume(canonical[id(parameter)], PerSampleGradient(shape, (factors,)))
+            consume(canonical[module, own_name], PerSampleGradient(shape, (factors,)))
 
     return _observed_backward(model, as_sequences(batch), layers, label_shift, visit)
 
@@ -131,21 +131,28 @@ def capture(
         ValueError: if a named layer was not called, or got no gradient, or ran without autograd, or
             is a norm of another form than weight * f(input) + bias, or the model is compiled.
     """
-    canonical = {id(p): name for name, p in model.named_parameters()}
-    calls: dict[int, list[tuple[nn.Parameter, Factors]]] = {}
+    canonical = _canonical_names(model)
+    calls: dict[int, list[tuple[str, nn.Parameter, Factors]]] = {}
 
     def visit(call: int, module: nn.Module, a: Tensor, b: Tensor) -> None:
-        calls[call] = list(_factors(module, a, b))
+        calls[call] = [(canonical[module, own_name], p, factors) for own_name, p, factors in _factors(module, a, b)]
 
     _observed_backward(model, as_sequences(batch), layers, label_shift, visit)
     uses: dict[str, list[Factors]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for call in sorted(calls):  # in the order of the forward
-        for parameter, factors in calls[call]:
-            name = canonical[id(parameter)]
+        for name, parameter, factors in calls[call]:
             uses.setdefault(name, []).append(factors)
             shapes[name] = (parameter.shape[0], parameter.shape[1] if parameter.ndim == 2 else 1)
     return {name: PerSampleGradient(shapes[name], tuple(uses[name])) for name in uses}
+
+
+def _canonical_names(model: nn.Module) -> dict[tuple[nn.Module, str], str]:
+    """Canonical name of every module's own parameters, tied ones under one; found before the forward, since a
+    sharded module holds other tensors while it computes."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {(module, own_name): names[id(p)]
+            for module in model.modules() for own_name, p in module.named_parameters(recurse=False)}
 
 
 def _observed_backward(
@@ -215,8 +222,11 @@ def _observed_backward(
     return losses.detach()
 
 
-def _factors(module: nn.Module, a: Tensor, b: Tensor) -> Iterator[tuple[nn.Parameter, Factors]]:
-    """The module's trained parameters with the factors of one call (module legend); a norm's a is normalised."""
+def _factors(module: nn.Module, a: Tensor, b: Tensor) -> Iterator[tuple[str, nn.Parameter, Factors]]:
+    """The module's trained parameters, under their own names, with the factors of one call (module legend).
+
+    A norm's a is normalised.
+    """
     a = a if isinstance(module, nn.Embedding) else a.to(b.dtype)  # as autocast computed it
     weight: Any = module.weight  # of a kind that layers.kind_of knows
     bias: Any = getattr(module, "bias", None)
@@ -227,14 +237,14 @@ def _factors(module: nn.Module, a: Tensor, b: Tensor) -> Iterator[tuple[nn.Param
 
     if weight.requires_grad:
         if kind_of(module) == "norm":
-            yield weight, per_feature(a * b)
+            yield "weight", weight, per_feature(a * b)
         else:
             columns = a.flatten(1) if isinstance(module, nn.Embedding) else a.flatten(1, -2)
             rows = b.flatten(1, -2)
             turned = isinstance(module, nn.Embedding | Conv1D)
-            yield weight, Factors(columns, rows) if turned else Factors(rows, columns)
+            yield "weight", weight, Factors(columns, rows) if turned else Factors(rows, columns)
     if bias is not None and bias.requires_grad:
-        yield bias, per_feature(b)
+        yield "bias", bias, per_feature(b)
 
 
 def _normalised(name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor:

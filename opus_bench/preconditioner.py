@@ -153,10 +153,11 @@ def preconditioners(
 
     SGD's P_t is the identity also with momentum (the paper's choice).
     """
-    return {name: _preconditioner(one) for name, one in owners(optimizers, parameters).items()}
+    return {name: preconditioner_of(one) for name, one in owners(optimizers, parameters).items()}
 
 
-def _preconditioner(one: Owned) -> Preconditioner:
+def preconditioner_of(one: Owned) -> Preconditioner:
+    """P_t of one parameter; errors as ``preconditioners``."""
     if isinstance(one.optimizer, torch.optim.Adam):  # AdamW is a subclass
         return adamw_preconditioner(one.state, one.group)
     if isinstance(one.optimizer, torch.optim.Muon):

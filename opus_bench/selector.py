@@ -145,7 +145,7 @@ class Opus:
             raise ValueError(f"relative_step must be positive, got {self.relative_step}")
         if self.estimator == "forward" and self.redundancy != 0:
             raise ValueError("estimator='forward' gives alignment alone; set redundancy=0, or take 'exact' or 'sketch'")
-        if self.microbatch is not None and self._needs_all_at_once:
+        if self.microbatch is not None and self.needs_all_at_once:
             raise ValueError("the exact Gram, the measured curvature and the adjoint need all candidates' factors at "
                              "once; leave microbatch out, set redundancy=0, or take estimator='sketch'")
         if self.preconditioner not in ("frozen", "adjoint", "identity"):
@@ -163,9 +163,12 @@ class Opus:
     ) -> Selection:
         """Choose ``size`` candidates; see Selector.  Cost: see ``utilities``."""
         sampling.check_size(size, len(as_sequences(candidates)))
-        utility = self.utilities(candidates, size, state)
+        return self.choose(self.utilities(candidates, size, state), size, state.step, generator)
+
+    def choose(self, utility: Utility, size: int, step: int, generator: torch.Generator) -> Selection:
+        """Choose ``size`` by utility; the part of ``select`` that sees no model."""
         first = utility.marginal([])
-        check_utilities(first, f"opus ({self.arm_name}) at step {state.step}")
+        check_utilities(first, f"opus ({self.arm_name}) at step {step}")
         if self.sampling == "greedy":
             draws = sampling.greedy(utility.marginal, size)
         elif self.sampling == "top_k":
@@ -210,7 +213,7 @@ class Opus:
             if self._proxy_gradient is None or state.step % self.proxy_every == 0:
                 with explained(f"the proxy batch of {len(proxy_batch)} does not fit in memory; lower it or the window"):
                     self._proxy_gradient, _ = mean_gradient(state.model, proxy_batch, names, self.label_shift)
-            if self._needs_all_at_once:
+            if self.needs_all_at_once:
                 with explained(f"{len(window)} candidates do not fit in memory, and the exact Gram, the measured "
                                "curvature and the adjoint need them at once; lower the buffer or the window, set "
                                "redundancy=0, or take estimator='sketch'"):
@@ -218,7 +221,8 @@ class Opus:
             return self._streamed(window, state, names, parameters, p)
 
     @property
-    def _needs_all_at_once(self) -> bool:
+    def needs_all_at_once(self) -> bool:
+        """Whether the terms take all candidates' factors at once: no microbatches, no shares."""
         exact_gram = self.estimator == "exact" and self.redundancy != 0
         return exact_gram or self.redundancy == "measured" or self.preconditioner == "adjoint"
 
@@ -231,12 +235,14 @@ class Opus:
             return nullcontext()
         return torch.autocast(device.type, self._products)
 
-    def _weights(self, p: dict[str, Preconditioner], parameters: dict[str, nn.Parameter]) -> tuple[Weights, Weights]:
-        """Weights of alignment and redundancy per parameter (Eq 23; [C] with its layer scaling)."""
-        eta = {k: v.learning_rate if self.utility_scale == "learning_rate" else 1.0 for k, v in p.items()}
+    def term_weights(
+        self, rates: Mapping[str, float], parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[Weights, Weights]:
+        """Weights of alignment and redundancy per parameter (Eq 23; [C] with its layer scaling) by its eta_t."""
+        eta = {k: rate if self.utility_scale == "learning_rate" else 1.0 for k, rate in rates.items()}
         scale = {k: 1 / math.sqrt(w.numel()) if self.layer_scaling else 1.0 for k, w in parameters.items()}
         power = 2 if self.redundancy == "paper" else 1
-        return {k: eta[k] * scale[k] for k in p}, {k: eta[k] ** power * scale[k] ** 2 for k in p}
+        return {k: eta[k] * scale[k] for k in eta}, {k: eta[k] ** power * scale[k] ** 2 for k in eta}
 
     def _streamed(
         self, window: Sequences, state: TrainState, names: list[str], parameters: dict[str, nn.Parameter],
@@ -245,7 +251,8 @@ class Opus:
         """Alignment, or sketches, in one pass and bounded memory."""
         proxy = self._proxy_gradient
         assert proxy is not None
-        alignment_weights, redundancy_weights = self._weights(p, parameters)
+        rates = {k: v.learning_rate for k, v in p.items()}
+        alignment_weights, redundancy_weights = self.term_weights(rates, parameters)
         weight = 1.0 if isinstance(self.redundancy, str) else float(self.redundancy)
 
         def compute(microbatch: int | None) -> Utility:
@@ -277,7 +284,8 @@ class Opus:
         proxy = self._proxy_gradient
         assert proxy is not None
         gradients = capture(state.model, window, names, self.label_shift)
-        alignment_weights, redundancy_weights = self._weights(p, parameters)
+        rates = {k: v.learning_rate for k, v in p.items()}
+        alignment_weights, redundancy_weights = self.term_weights(rates, parameters)
         weight = 1.0
         if self.redundancy == "measured":
             weight = self._measured_curvature(state, gradients, p, proxy_batch) / size

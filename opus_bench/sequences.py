@@ -53,6 +53,10 @@ class Sequences:
         """The first ``size`` positions of every sequence."""
         return self._map(lambda x: x[:, :size])
 
+    def to(self, device: torch.device) -> Sequences:
+        """The same on a device."""
+        return self._map(lambda x: x.to(device))
+
     def _map(self, change: Any) -> Sequences:
         masks = {k: None if (m := getattr(self, k)) is None else change(m) for k in ("attention_mask", "loss_mask")}
         return replace(self, tokens=change(self.tokens), **masks)

@@ -12,12 +12,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .ghost import contract, outside_autocast
+from .ghost import contract, full, outside_autocast
 from .gradients import PerSampleGradient, sample_losses, scoring_mode, stream
 from .preconditioner import Preconditioner
 from .sequences import Sequences, as_sequences
@@ -25,6 +26,7 @@ from .sketch import sketch_gradients
 from .utility import Utility, Weights, utility_of_sketches, weight_seed
 
 Batch = Int[Tensor, "n t"] | Sequences
+Result = TypeVar("Result")
 
 
 def microbatches(batch: Batch, size: int | None) -> Iterator[tuple[slice, Sequences]]:
@@ -54,7 +56,8 @@ def streamed_alignment(
     """<G_n, V> summed over the layers' parameters, V = ``directions`` with all weights in it; float64.
 
     Args:
-        directions: by parameter name, w_l P_t g_proxy or an adjoint.
+        directions: by parameter name, w_l P_t g_proxy or an adjoint; a sharded one is gathered when the backward
+            meets its layer, for each microbatch, and dropped again.
         microbatch: candidates in one forward and backward; None: all.
         products: dtype of the contraction's matrix products; None: the factors', at least float32.
 
@@ -63,13 +66,13 @@ def streamed_alignment(
     Cost: one forward, one backward to activations, and 2 t o i flops a candidate and weight; memory of one
         microbatch's backward without weight gradients.
     """
-    narrow = {k: v if products is None else v.to(products) for k, v in directions.items()}
     total = torch.zeros(len(as_sequences(batch)), dtype=torch.float64)
     for part, sequences in microbatches(batch, microbatch):
         sums: list[Tensor] = []
 
         def consume(name: str, gradient: PerSampleGradient, sums: list[Tensor] = sums) -> None:
-            sums.append(contract(gradient, narrow[name], products).double())
+            direction = directions[name] if products is None else directions[name].to(products)
+            sums.append(contract(gradient, full(direction), products).double())
 
         stream(model, sequences, layers, consume, label_shift)
         total[part] = torch.stack(sums).sum(0).cpu()
@@ -93,6 +96,21 @@ def streamed_sketch(
 
     Memory: one microbatch's backward, and n * width numbers per weight.
     """
+    features = streamed_features(model, batch, layers, preconditioners, width, seed, label_shift, microbatch)
+    return utility_of_sketches(features.items(), proxy_gradient, alignment_weights, redundancy_weights, width, seed)
+
+
+def streamed_features(
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[str],
+    preconditioners: Mapping[str, Preconditioner],
+    width: int = 8192,
+    seed: int = 42,
+    label_shift: int = 1,
+    microbatch: int | None = None,
+) -> dict[str, Float[Tensor, "n k"]]:
+    """CountSketch of every u_n = P_t G_n per weight, in the order of the model; cost as ``streamed_sketch``."""
     n = len(as_sequences(batch))
     features: dict[str, Tensor] = {}
 
@@ -107,13 +125,12 @@ def streamed_sketch(
         stream(model, sequences, layers, consume, label_shift)
     if not features:
         raise ValueError("no parameter to score")
-    in_order = reversed(features.items())  # that of the model
-    return utility_of_sketches(in_order, proxy_gradient, alignment_weights, redundancy_weights, width, seed)
+    return dict(reversed(features.items()))  # the backward met the last layer first
 
 
 def within_memory(
-    compute: Callable[[int | None], Utility], samples: int, microbatch: int | None
-) -> tuple[Utility, int | None]:
+    compute: Callable[[int | None], Result], samples: int, microbatch: int | None
+) -> tuple[Result, int | None]:
     """``compute(microbatch)``, all over with half the microbatch each time memory runs out; and the size that did.
 
     Equal to computing with that size from the start.  Utilities of two sizes differ by rounding at most.
@@ -190,7 +207,8 @@ def forward_alignment(
 
         (L_n(theta + eps V) - L_n(theta - eps V)) / (2 eps),   eps |V| = relative_step |theta|
 
-    Works on whatever runs forward: compiled or sharded models, fused attention, layers that cannot be observed.
+    Works on whatever runs forward: compiled or sharded models (parameters and V as DTensors), fused attention,
+    layers that cannot be observed.
 
     Exactness: bias eps^2 / 6 times the third derivative along V; noise of the losses' rounding over eps.  Both
         are measured by ``python -m benchmarks.scoring``; smaller steps suit float32, larger ones bfloat16.
@@ -204,7 +222,7 @@ def forward_alignment(
         raise ValueError(f"relative_step must be positive, got {relative_step}")
 
     def norm(tensors: Sequence[Tensor]) -> float:  # only sets the step, so the tensors' precision is enough
-        return math.hypot(*(float(torch.linalg.vector_norm(x.detach())) for x in tensors))
+        return math.hypot(*(float(full(torch.linalg.vector_norm(x.detach()))) for x in tensors))
 
     length = norm([directions[name] for name in parameters])
     if not 0 < length < float("inf"):

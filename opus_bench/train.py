@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Int
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from .checkpoint import read_checkpoint, write_checkpoint
 from .corpus import Corpus
+from .ghost import full
 from .gradients import sample_losses
+from .layers import layer_names, parameter_names
 from .model import SIZES, OpusGPT2, OpusGPT2Config
 from .selector import Selector, TrainState
-from .stream import PROXIES, Batch, CandidateStream
+from .stream import PROXIES, CandidateStream
 
 STEP_DIAGNOSTICS = ("effective_sample_size", "total_variation", "utility_std")
 
@@ -37,6 +39,7 @@ STEP_DIAGNOSTICS = ("effective_sample_size", "total_variation", "utility_std")
 class RunConfig:
     """Everything that determines one run, but for the corpus.  Defaults are of the smoke scale."""
 
+    warmup: ClassVar[float] = 0.0  # share of the steps in which the rate rises; none here
     selector: str  # name in the registry of selectors
     selector_options: dict[str, Any] = field(default_factory=dict)  # fields of that selector
     model: str = "tiny"  # size in model.SIZES
@@ -91,10 +94,52 @@ class RunConfig:
         return self.steps * self.selected_size * self.length
 
 
-def rate_factor(step: int, steps: int, cooldown: float) -> float:
-    """Learning rate at a step over its peak: constant, then linear to 0 in the last share."""
-    left = (steps - step) / steps
-    return 1.0 if cooldown == 0 else min(1.0, left / cooldown)
+class Labelled(Protocol):
+    """Sequences as a record counts them."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def domains(self) -> tuple[str, ...]: ...
+
+
+class StepSize(Protocol):
+    """The fields of a config that say how many tokens a step trains on."""
+
+    @property
+    def selected_size(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+
+class OptimizerSettings(Protocol):
+    """The fields of a config that optimizers and their schedule are made of."""
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def adam_lr(self) -> float: ...
+    @property
+    def muon_lr(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def cooldown(self) -> float: ...
+
+
+def rate_factor(step: int, steps: int, cooldown: float, warmup: float = 0.0) -> float:
+    """Learning rate at a step over its peak: linear up in the first share, constant, linear to 0 in the last share."""
+    up = 1.0 if warmup == 0 else min(1.0, (step + 1) / (warmup * steps))
+    down = 1.0 if cooldown == 0 else min(1.0, (steps - step) / steps / cooldown)
+    return min(up, down)
 
 
 def muon_momentum(step: int) -> float:
@@ -102,16 +147,18 @@ def muon_momentum(step: int) -> float:
     return 0.85 + 0.10 * min(step / 300, 1.0)
 
 
-def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimizerSettings, muon: type[torch.optim.Muon] = torch.optim.Muon
+) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest."""
     named = dict(model.named_parameters())
-    matrices = [p for k, p in named.items() if "blocks." in k and p.ndim == 2]
+    matrices = [p for p in parameter_names(model, layer_names(model, "blocks")).values() if p.ndim == 2]
     optimizers: list[torch.optim.Optimizer] = []
     rest = list(named.values())
     if config.optimizer == "muon":
         inside = {id(p) for p in matrices}
         rest = [p for p in rest if id(p) not in inside]
-        optimizers.append(torch.optim.Muon(
+        optimizers.append(muon(
             matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=muon_momentum(0)
         ))
     optimizers.append(torch.optim.AdamW(
@@ -124,11 +171,11 @@ def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Op
     return optimizers
 
 
-def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: RunConfig) -> None:
+def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: OptimizerSettings) -> None:
     """Put the step's learning rate and momentum into the optimizers' groups."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * rate_factor(step, config.steps, config.cooldown)
+            group["lr"] = group["peak_lr"] * rate_factor(step, config.steps, config.cooldown, config.warmup)
             if isinstance(optimizer, torch.optim.Muon):
                 group["momentum"] = muon_momentum(step)
 
@@ -176,7 +223,7 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(full(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -212,7 +259,7 @@ class Progress:
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
 
-    def note_loss(self, config: RunConfig, split: str, value: float) -> None:
+    def note_loss(self, config: StepSize, split: str, value: float) -> None:
         tokens = self.step * config.selected_size * config.length
         self.metrics.append({"step": self.step, "tokens_seen": tokens, "split": split,
                              "name": "loss", "unit": "nat/token", "value": value})
@@ -264,7 +311,7 @@ def train(
         chosen = candidates.take(selection.indices.sort().values)
         with progress.clock("train_s"), named_step(progress.step):
             loss = update(model, optimizers, chosen.tokens, config.clip)
-        _note_selection(progress, candidates, chosen, selection.diagnostics)
+        note_selection(progress, candidates, chosen, selection.diagnostics)
         progress.step += 1
         if progress.step in points:
             progress.note_loss(config, "train", loss)
@@ -298,7 +345,8 @@ def set_determinism(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _note_selection(progress: Progress, candidates: Batch, chosen: Batch, diagnostics: dict[str, Any]) -> None:
+def note_selection(progress: Progress, candidates: Labelled, chosen: Labelled, diagnostics: dict[str, Any]) -> None:
+    """Add one step's candidates, choice and diagnostics to the progress."""
     ids = chosen.ids.numpy().tobytes()
     progress.selected_sha256 = hashlib.sha256(progress.selected_sha256.encode() + ids).hexdigest()
     for total, batch in ((progress.offered, candidates), (progress.chosen, chosen)):

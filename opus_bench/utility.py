@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .ghost import contract, outside_autocast, row_chunks, wide
+from .ghost import contract, full, outside_autocast, row_chunks, wide
 from .gradients import PerSampleGradient
 from .preconditioner import Preconditioner
 from .sketch import count_sketch, sketch_gradients
@@ -119,7 +119,7 @@ def utility_of_sketches(
     """Inner products of the candidates' sketches, at least one weight's, with the proxy's and with each other."""
     alignment, gram = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for name, x in features:
-        proxy = count_sketch(wide(proxy_gradient[name]).reshape(1, -1), width, weight_seed(seed, name))
+        proxy = count_sketch(wide(full(proxy_gradient[name])).reshape(1, -1), width, weight_seed(seed, name))
         alignment = alignment + alignment_weights[name] * (x @ proxy[0]).double().cpu()
         if redundancy_weights is not None:
             gram = gram + redundancy_weights[name] * (x @ x.T).double().cpu()

@@ -1,0 +1,217 @@
+"""What the processes of test_distributed.py and test_pretrain.py do: small models in float64, invented tokens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import VOCABULARY, perturbed, small_paper_gpt2, tokens
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
+
+import opus_bench.pretrain as pretraining
+from opus_bench import shared_selection
+from opus_bench.distributed import World, parallelize, shared_mean_gradient
+from opus_bench.ghost import full
+from opus_bench.gradients import layer_names, parameter_names
+from opus_bench.pretrain import PretrainConfig, pretrain
+from opus_bench.selector import Opus, TrainState
+from opus_bench.sequences import Sequences, sample_losses
+from opus_bench.sharded_state import LivePreconditioners, ShardedMuon
+from opus_bench.shared_selection import SharedOpus
+from opus_bench.train import build_optimizers, set_schedule
+
+CONFIG = dict(steps=5, length=12, buffer=8, proxy_size=4, proxy_length=10, adam_lr=1e-2, muon_lr=1e-2,
+              validation_every=3, validation_sequences=5, checkpoint_every=2, seed=3)
+
+
+class FakePool:
+    """Invented tokens, a function of the sequence's id; two domains."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def ids(self, step, size, length, seed):
+        return torch.randint(10_000, (size,), generator=torch.Generator().manual_seed(self.seed + 100 * seed + step))
+
+    def sequences(self, ids, length):
+        rows = [torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(self.seed + int(i)))
+                for i in ids]
+        return Sequences(torch.stack(rows))
+
+    def domain_names(self, ids, length):
+        return tuple("ab"[int(i) % 2] for i in ids)
+
+
+def small_qwen3():
+    return AutoModelForCausalLM.from_config(Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=32, tie_word_embeddings=False))
+
+
+def small_gpt2():
+    """With biases and norms; without dropout, which is no process's but its own."""
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, bos_token_id=0, eos_token_id=0))
+
+
+MODELS = {"paper": small_paper_gpt2, "gpt2": small_gpt2, "qwen3": small_qwen3}
+
+
+def small(name: str, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(0)
+    return perturbed(MODELS[name]()).to(dtype)
+
+
+def arm(name: str, **overrides) -> Opus:
+    return Opus.arm(name, window=10, **overrides)
+
+
+def train(world: World, options: dict, opus: Opus, model: str = "paper", folder=None, stop: int | None = None,
+          dtype: torch.dtype = torch.float64) -> dict:
+    """A run; its losses, choices and weights.  ``stop``: leave after so many steps, as if killed there."""
+    config = PretrainConfig(**CONFIG | options)
+    found: dict = {"losses": [], "chosen": []}
+    trained = small(model, dtype)
+
+    def on_step(done: int, loss: float) -> None:
+        found["losses"].append(loss)
+        if done == stop:
+            raise StopIteration
+
+    noted = pretraining.note_selection
+
+    def note(progress, offered, chosen, diagnostics):
+        found["chosen"].append(chosen.ids.tolist())
+        noted(progress, offered, chosen, diagnostics)
+
+    pretraining.note_selection = note
+    try:
+        selector = SharedOpus(opus, world, config.selection == "global")
+        progress = pretrain(config, trained, FakePool(1), FakePool(2), selector, world, folder, FakePool(3), on_step)
+        found |= {"metrics": progress.metrics, "sha": progress.selected_sha256, "notes": progress.notes,
+                  "per_step": progress.per_step, "offered": progress.offered}
+    except StopIteration:
+        pass
+    finally:
+        pretraining.note_selection = noted
+    found["weights"] = {k: full(p.detach()).clone() for k, p in trained.named_parameters()}
+    found["sharded"] = all(isinstance(p, DTensor) for p in trained.parameters())
+    return found
+
+
+def stepped(model, optimizer: str, world: World, parallelism: str = "fsdp2"):
+    """The model spread over the processes, and its optimizers, after three steps on global batches of four."""
+    config = PretrainConfig(**CONFIG | {"optimizer": optimizer})
+    forward = parallelize(model, parallelism, False, world)
+    optimizers = build_optimizers(model, config, ShardedMuon)
+    for step in range(3):
+        set_schedule(optimizers, step, config)
+        mine = Sequences(tokens(4, 10, seed=100 + step).chunk(world.size)[world.rank])
+        pretraining.update(model, forward, optimizers, mine, config, world, step)
+    return optimizers
+
+
+def preconditioners_of(world: World, optimizer: str) -> dict:
+    """Of every matrix: P_t as found from the state, and P_t g and the mean gradient g of five sequences."""
+    model = small("paper")
+    optimizers = stepped(model, optimizer, world)
+    names = layer_names(model, "matrices")
+    p = LivePreconditioners(optimizers, parameter_names(model, names))
+    gradient = shared_mean_gradient(model, Sequences(tokens(5, 10)), names, world)
+    sharded = all(isinstance(s, DTensor) for o in optimizers for one in o.state.values()
+                  for s in one.values() if s.ndim)
+    return {"p": {k: (p[k].scale, p[k].diagonal, p[k].left, p[k].learning_rate) for k in p},
+            "direction": {k: full(p.direction(k, g)) for k, g in gradient.items()},
+            "gradient": {k: full(g) for k, g in gradient.items()},
+            "sharded": sharded, "grads": [x.grad is None for x in model.parameters()]}
+
+
+def utilities(world: World, opus: Opus, optimizer: str, parallelism: str, model: str = "paper", n: int = 7) -> tuple:
+    """Alignment and Gram of n candidates for a proxy of five."""
+    spread = small(model)
+    optimizers = stepped(spread, optimizer, world, parallelism)
+    before = [full(p.detach()).clone() for p in spread.parameters()]
+    state = TrainState(spread, optimizers, 0, tokens(5, 12, seed=6))
+    found = SharedOpus(opus, world).utilities(tokens(n, 12, seed=5), state)
+    untouched = all(torch.equal(x, full(p.detach())) and p.grad is None for x, p in zip(before, spread.parameters()))
+    return found.alignment, found.gram, untouched
+
+
+def many(world: World, jobs: dict) -> dict:
+    """Several of these functions one after the other: {name: (function, arguments)}."""
+    return {name: function(world, *arguments) for name, (function, arguments) in jobs.items()}
+
+
+def disagree(world: World) -> str:
+    """What is said where one process chose otherwise."""
+    with pytest.raises(RuntimeError) as found:
+        world.check_equal("choices", torch.tensor([1, 2, world.rank]))
+    return str(found.value)
+
+
+def divide(world: World, rank: int, parallelism: str, folder: Path | None = None) -> str:
+    """What is said where one process's loss is NaN in the third of five steps."""
+    steps = []
+
+    def sick(model, part):
+        losses = sample_losses(model, part)
+        return losses * float("nan") if world.rank == rank and len(steps) == 2 else losses
+
+    healthy, pretraining.sample_losses = pretraining.sample_losses, sick
+    config = PretrainConfig(**CONFIG | {"parallelism": parallelism})
+    chooser = SharedOpus(arm("calibrated"), world)
+    model = small("paper")
+    try:
+        with pytest.raises(FloatingPointError) as found:
+            pretrain(config, model, FakePool(1), FakePool(2), chooser, world, folder,
+                     on_step=lambda done, loss: steps.append(done))
+    finally:
+        pretraining.sample_losses = healthy
+    assert all(bool(torch.isfinite(full(p.detach())).all()) for p in model.parameters())
+    return str(found.value)
+
+
+def starved(world: World, parallelism: str, most: int, options: dict) -> dict | str:
+    """A run where process 0 has no memory to score more than ``most`` candidates at once."""
+    ample = shared_selection.streamed_alignment
+
+    def poor(model, batch, layers, directions, label_shift, microbatch, products):
+        if world.rank == 0 and min(microbatch or len(batch), len(batch)) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ample(model, batch, layers, directions, label_shift, microbatch, products)
+
+    shared_selection.streamed_alignment = poor
+    try:
+        return train(world, {"parallelism": parallelism, **options}, arm("calibrated"))
+    except ValueError as error:
+        return str(error)
+    finally:
+        shared_selection.streamed_alignment = ample
+
+
+def killed(world: World, folder: Path, moment: str) -> None:
+    """A run whose process dies by SIGKILL while the checkpoint of step 4 is written."""
+
+    def die(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_step(done: int, loss: float) -> None:
+        if done < 3:
+            return
+        if moment == "half of the data" and world.rank == world.size - 1:
+            FileSystemWriter.write_data = die
+        elif moment == "all data, no name" and world.rank == 0:
+            os.rename = die
+        elif moment == "named, the former not deleted" and world.rank == 0:
+            shutil.rmtree = die
+
+    config = PretrainConfig(**CONFIG)
+    pretrain(config, small("paper"), FakePool(1), FakePool(2), SharedOpus(arm("calibrated"), world), world, folder,
+             on_step=on_step)

@@ -1,0 +1,268 @@
+"""Many processes do what one does.
+
+The reference is one process without a group: plain model, torch.optim optimizers, ``Opus.select``.  In float64 sums in
+another order differ by round-off, so losses, weights, utilities and P_t are compared to 1e-10 relative and choices
+exactly; in float32 to some hundred units of its round-off.
+"""
+
+import shutil
+
+import pytest
+import shared_jobs as jobs
+import torch
+from processes import results
+from small_models import tokens
+
+from opus_bench.distributed import World, parallelize
+from opus_bench.layers import layer_names, parameter_names
+from opus_bench.gradients import mean_gradient
+from opus_bench.preconditioner import preconditioners
+from opus_bench.pretrain import PretrainConfig
+from opus_bench.selector import TrainState
+from opus_bench.sharded_state import LivePreconditioners
+from opus_bench.shared_selection import SharedOpus, check_scope, step_generator
+from opus_bench.train import build_optimizers, set_schedule, update
+
+EXACT = dict(rtol=1e-10, atol=1e-10)
+MANY = (2, 4)
+
+# options of the config, Opus, model; the sizes of the world (four processes share two cores, so they do a part)
+RUNS = {
+    "ddp adamw calibrated": ({"parallelism": "ddp"}, ("calibrated", {}), "paper", MANY),
+    "ddp muon paper": ({"parallelism": "ddp", "optimizer": "muon"},
+                       ("paper", {"sketch_width": 64, "temperature": 1e-4}), "gpt2", (2,)),
+    "fsdp2 adamw released": ({}, ("released", {"sketch_width": 64, "temperature": 1e-5}), "gpt2", (2,)),
+    "fsdp2 muon paper": ({"optimizer": "muon"}, ("paper", {"sketch_width": 64, "temperature": 1e-4}), "paper", MANY),
+    "fsdp2 qwen3 checkpointing, accumulation": (
+        {"optimizer": "muon", "checkpointing": True, "microbatch": 1, "proxy_size": 5, "weight_decay": 0.01,
+         "warmup": 0.5}, ("calibrated", {"proxy_every": 4, "microbatch": 2}), "qwen3", (2,)),
+    "ddp checkpointing, accumulation": (
+        {"parallelism": "ddp", "checkpointing": True, "microbatch": 1}, ("calibrated", {"microbatch": 1}), "paper",
+        (2,)),
+    "fsdp2 forward": ({}, ("calibrated", {"estimator": "forward", "relative_step": 1e-4}), "paper", (2,)),
+}
+LOCAL = {"ddp local": ({"parallelism": "ddp", "selection": "local"}, ("calibrated", {}), "paper", MANY),
+         "fsdp2 local": ({"selection": "local"}, ("paper", {"sketch_width": 64, "temperature": 1e-4}), "qwen3", (2,))}
+UTILITIES = {  # arm, optimizer, parallelism, model, sizes of the world
+    "alignment": (("calibrated", {"layers": "all"}), "adamw", "fsdp2", "gpt2", MANY),
+    "alignment, muon": (("calibrated", {"microbatch": 1}), "muon", "fsdp2", "paper", (2,)),
+    "sketch, muon": (("paper", {"sketch_width": 64}), "muon", "fsdp2", "paper", MANY),
+    "sketch, released": (("released", {"sketch_width": 64}), "adamw", "ddp", "paper", (2,)),
+    "forward": (("calibrated", {"estimator": "forward", "relative_step": 1e-4, "layers": "all"}), "adamw", "fsdp2",
+                "gpt2", (2,)),
+    "identity": (("calibrated", {"preconditioner": "identity"}), "adamw", "fsdp2", "paper", (2,)),
+}
+
+
+def cases(table):
+    return [(name, size) for name, row in table.items() for size in row[-1]]
+
+
+def opus(arm):
+    return jobs.arm(arm[0], **arm[1])
+
+
+def all_jobs(size):
+    found = {name: (jobs.train, (options, opus(arm), model))
+             for name, (options, arm, model, sizes) in (RUNS | LOCAL).items() if size in sizes}
+    found |= {f"u {name}": (jobs.utilities, (opus(arm), *rest))
+              for name, (arm, *rest, sizes) in UTILITIES.items() if size in sizes}
+    found |= {f"p {optimizer}": (jobs.preconditioners_of, (optimizer,)) for optimizer in ("adamw", "muon")}
+    found["few"] = (jobs.utilities, (jobs.arm("calibrated"), "adamw", "fsdp2", "paper", size - 1))
+    if size == 2:
+        found["disagree"] = (jobs.disagree, ())
+        found["starved"] = (jobs.starved, ("ddp", 1, {}))
+        rest = ("paper", None, None, torch.float32)
+        found["float32"] = (jobs.train, ({}, jobs.arm("calibrated"), *rest))
+        narrow = jobs.arm("calibrated", scoring_dtype="bfloat16")
+        for parallelism in ("ddp", "fsdp2"):
+            options = {"precision": "bfloat16", "parallelism": parallelism}
+            found[f"bfloat16 {parallelism}"] = (jobs.train, (options, narrow, *rest))
+    return found
+
+
+@pytest.fixture(scope="module")
+def of():
+    """What every process of a world found, by the world's size; each world is started once."""
+    started = {}
+
+    def found(size):
+        if size not in started:
+            started[size] = results(jobs.many, size, all_jobs(size))
+        return started[size]
+
+    return found
+
+
+def plain_run(options, arm, model, shares=1, dtype=torch.float64):
+    """The same run by one process without a group; with ``shares`` local selection's, one share after the other."""
+    config = PretrainConfig(**jobs.CONFIG | {k: v for k, v in options.items() if k not in ("parallelism", "selection")})
+    trained, chooser = jobs.small(model, dtype), opus(arm)
+    optimizers = build_optimizers(trained, config)
+    pool, proxies = jobs.FakePool(1), jobs.FakePool(2)
+    losses, everyone = [], []
+    for step in range(config.steps):
+        set_schedule(optimizers, step, config)
+        ids = pool.ids(step, config.buffer, config.length, config.seed)
+        candidates = pool.sequences(ids, config.length)
+        proxy = proxies.sequences(proxies.ids(step, config.proxy_size, 0, config.seed), config.proxy_length)
+        state = TrainState(trained, optimizers, step, proxy)
+        chosen = []
+        for share, places in enumerate(torch.arange(config.buffer).chunk(shares)):
+            picked = chooser.select(candidates[places], config.selected_size // shares, state,
+                                    step_generator(config.seed, step, share)).indices
+            chosen += places[picked.sort().values].tolist()
+        losses.append(update(trained, optimizers, candidates[chosen], config.clip))
+        everyone.append(ids[chosen].tolist())
+    return losses, everyone, {k: p.detach() for k, p in trained.named_parameters()}
+
+
+def compare(found, want, tolerance=EXACT):
+    losses, chosen, weights = want
+    assert found["chosen"] == chosen
+    torch.testing.assert_close(found["losses"], losses, **tolerance)
+    torch.testing.assert_close(found["weights"], weights, **tolerance)
+
+
+@pytest.mark.parametrize("name, size", cases(RUNS))
+def test_global_selection_chooses_and_trains_as_one_process(of, name, size):
+    options, arm, model, _ = RUNS[name]
+    # a difference of losses over 2 eps multiplies their round-off by 1 / eps
+    tolerance = EXACT if "forward" not in name else dict(rtol=1e-7, atol=1e-7)
+    want = plain_run(options, arm, model)
+    assert len({tuple(ids) for ids in want[1]}) > 1
+    for found in of(size):
+        compare(found[name], want, tolerance)
+        assert found[name]["sharded"] == name.startswith("fsdp2")
+
+
+@pytest.mark.parametrize("name, size", cases(LOCAL))
+def test_local_selection_is_that_of_one_process_share_by_share(of, name, size):
+    want = plain_run(*LOCAL[name][:3], shares=size)
+    for found in of(size):
+        compare(found[name], want)
+
+
+def plain_stepped(optimizer, model="paper"):
+    model = jobs.small(model)
+    config = PretrainConfig(**jobs.CONFIG | {"optimizer": optimizer})
+    optimizers = build_optimizers(model, config)
+    for step in range(3):
+        set_schedule(optimizers, step, config)
+        update(model, optimizers, tokens(4, 10, seed=100 + step), config.clip)
+    return model, optimizers
+
+
+@pytest.mark.parametrize("name, size", cases(UTILITIES))
+def test_utilities_of_shares_are_those_of_one_process(of, name, size):
+    """Seven candidates and a proxy of five sequences: neither falls evenly to two or four processes."""
+    arm, optimizer, _, model, _ = UTILITIES[name]
+    model, optimizers = plain_stepped(optimizer, model)
+    want = opus(arm).utilities(tokens(7, 12, seed=5), 3, TrainState(model, optimizers, 0, tokens(5, 12, seed=6)))
+    scale = want.alignment.abs().max()
+    for found in of(size):
+        alignment, gram, untouched = found[f"u {name}"]
+        # of a difference: round-off of a loss over the step's length
+        noise = 1e-10 if "forward" not in name else 1e-16 * 5 / 1e-6 / scale
+        torch.testing.assert_close(alignment / scale, want.alignment / scale, rtol=0, atol=float(noise))
+        assert untouched
+        assert (gram is None) == (want.gram is None)
+        if gram is not None:
+            torch.testing.assert_close(gram, want.gram, rtol=1e-10, atol=1e-10 * float(want.gram.abs().max()))
+        assert torch.equal(alignment, of(size)[0][f"u {name}"][0])  # bit for bit on every process
+
+
+@pytest.mark.parametrize("size", MANY)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_state_gives_the_preconditioner_of_whole_state(of, optimizer, size):
+    model, optimizers = plain_stepped(optimizer)
+    names = layer_names(model, "matrices")
+    want = preconditioners(optimizers, parameter_names(model, names))
+    proxy, _ = mean_gradient(model, tokens(5, 10), names)
+    for found in of(size):
+        found = found[f"p {optimizer}"]
+        assert found["sharded"] and all(found["grads"])  # the state in shards, and no gradient left behind
+        assert set(found["p"]) == set(want)
+        for name, p in want.items():
+            scale, diagonal, left, rate = found["p"][name]
+            assert (scale, rate) == (p.scale, p.learning_rate)
+            for got, part in ((diagonal, p.diagonal), (left, p.left)):
+                assert (got is None) == (part is None)
+                if part is not None:
+                    torch.testing.assert_close(got, part, rtol=1e-8, atol=1e-10)  # 1 / sqrt(v) of elements near 0
+            torch.testing.assert_close(found["gradient"][name], proxy[name], **EXACT)
+            direction = p(proxy[name])
+            torch.testing.assert_close(found["direction"][name], direction, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", MANY)
+def test_fewer_candidates_than_processes(of, size):
+    model, optimizers = plain_stepped("adamw")
+    want = jobs.arm("calibrated").utilities(tokens(size - 1, 12, seed=5), 1,
+                                            TrainState(model, optimizers, 0, tokens(5, 12, seed=6)))
+    for found in of(size):
+        torch.testing.assert_close(found["few"][0], want.alignment, **EXACT)
+
+
+def test_float32_agrees_to_its_round_off_and_bfloat16_to_its_own(of):
+    losses, chosen, _ = plain_run({}, ("calibrated", {}), "paper", dtype=torch.float32)
+    for found in of(2):
+        assert found["float32"]["chosen"] == chosen
+        torch.testing.assert_close(found["float32"]["losses"], losses, atol=0,
+                                   rtol=300 * torch.finfo(torch.float32).eps)
+        for parallelism in ("ddp", "fsdp2"):
+            narrow = found[f"bfloat16 {parallelism}"]["losses"]
+            assert narrow != losses and narrow == of(2)[0][f"bfloat16 {parallelism}"]["losses"]
+            assert abs(narrow[0] / losses[0] - 1) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_the_preconditioner_is_the_optimizers_also_under_autocast():
+    model = jobs.small("paper", torch.float32)
+    config = PretrainConfig(**jobs.CONFIG | {"optimizer": "muon"})
+    optimizers = build_optimizers(model, config)
+    update(model, optimizers, tokens(4, 10), config.clip)
+    parameters = parameter_names(model, layer_names(model, "matrices"))
+    want, live = preconditioners(optimizers, parameters), LivePreconditioners(optimizers, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, p in want.items():
+            if p.left is not None:
+                assert torch.equal(live[name].left, p.left)
+
+
+def test_every_sample_is_somebodys_and_everybody_makes_as_many_forwards():
+    for size in (1, 2, 3, 4):
+        for n in range(1, 10):
+            shares = [World(rank, size, torch.device("cpu")).share(n) for rank in range(size)]
+            assert [i for own, counted in shares for i in own[:counted].tolist()] == list(range(n))
+            assert len({len(own) for own, _ in shares}) == 1
+            assert all(0 <= i < n for own, _ in shares for i in own.tolist())
+
+
+def test_what_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="3 selected sequences cannot be trained on by 2 processes evenly"):
+        check_scope("global", 8, 3, 2)
+    with pytest.raises(ValueError, match="6 candidates cannot be split evenly over 4"):
+        check_scope("local", 6, 4, 4)
+    with pytest.raises(ValueError, match="selection must be global or local, got 'all'"):
+        check_scope("all", 8, 4, 2)
+    world = World(0, 1, torch.device("cpu"))
+    for options in ({"redundancy": 0.1}, {"preconditioner": "adjoint"}):
+        with pytest.raises(ValueError, match="on one process"):
+            SharedOpus(jobs.arm("calibrated", **options), world)
+    with pytest.raises(ValueError, match="parallelism must be ddp or fsdp2, got 'dp'"):
+        parallelize(torch.nn.Linear(2, 2), "dp", False, world)
+    with pytest.raises(ValueError, match="Linear does not say which modules are its blocks"):
+        parallelize(torch.nn.Linear(2, 2), "fsdp2", False, world)
+
+
+def test_processes_that_disagree_stop(of):
+    for found in of(2):
+        assert found["disagree"].startswith("processes [1] have other choices than process 0")
+
+
+def test_a_process_that_runs_out_of_memory_scores_in_smaller_parts_with_the_same_result(of):
+    want = plain_run({}, ("calibrated", {}), "paper")
+    for found in of(2):
+        compare(found["starved"], want)
+        assert found["starved"]["notes"] == [
+            "step 0, process 0: out of memory scoring 4 candidates at a time; 1 from here on"]

@@ -1,0 +1,205 @@
+"""Runs that end, stop, are killed and go on, on another number of processes than before.
+
+Losses after a resume are compared with those of the run that was never interrupted to 1e-10 relative in float64.
+"""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import shared_jobs as jobs
+import torch
+from processes import results, run
+
+from opus_bench.distributed import World
+from opus_bench.pretrain import PretrainConfig, pretrain, update
+from opus_bench.sequences import Sequences
+from opus_bench.sharded_checkpoint import newest
+from opus_bench.train import build_optimizers, rate_factor
+
+# a proxy gradient that serves two steps, from the third of which the resumed run goes on
+RUN = ({"optimizer": "muon", "checkpoint_every": 3}, jobs.arm("calibrated", proxy_every=2), "gpt2")
+DDP = ({"optimizer": "muon", "checkpoint_every": 3, "parallelism": "ddp"}, *RUN[1:])
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A world of this process alone."""
+    world = World.start()
+    yield world
+    world.stop()
+
+
+def first_half(world, folder):
+    """A run by two processes that ends after step 3, and what goes wrong in others."""
+    jobs.train(world, *RUN, folder / "fsdp2", 3)
+    jobs.train(world, *DDP, folder / "ddp", 3)
+    return {"nan": jobs.divide(world, 1, "fsdp2", folder / "nan"), "nan ddp": jobs.divide(world, 0, "ddp")}
+
+
+def second_half(world, folder):
+    return {name: jobs.train(world, *RUN, folder / f"{name}-{world.size}") for name in ("fsdp2", "ddp")}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A folder with the checkpoints of two processes, and what they said of NaN."""
+    folder = tmp_path_factory.mktemp("half")
+    return folder, results(first_half, 2, folder)
+
+
+@pytest.fixture(scope="module")
+def whole(alone):
+    """The run that is never interrupted."""
+    return jobs.train(alone, *RUN)
+
+
+def check_resumed(found, whole):
+    assert len(whole["losses"]) == 5 and len(found["losses"]) == 2
+    torch.testing.assert_close(found["losses"], whole["losses"][3:], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found["weights"], whole["weights"], rtol=1e-10, atol=1e-10)
+    assert found["sha"] == whole["sha"]  # a chain over the choices of all steps
+    assert [m["step"] for m in found["metrics"]] == [m["step"] for m in whole["metrics"]]
+    torch.testing.assert_close([m["value"] for m in found["metrics"]], [m["value"] for m in whole["metrics"]],
+                               rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_four(half, whole, alone, size):
+    folder, _ = half
+    for name in ("fsdp2", "ddp"):
+        shutil.copytree(folder / name, folder / f"{name}-{size}")
+    found = [second_half(alone, folder)] if size == 1 else results(second_half, size, folder)
+    for one in found:
+        for name in ("fsdp2", "ddp"):
+            check_resumed(one[name], whole)
+
+
+def test_a_loss_that_is_nan_stops_every_process_and_leaves_the_checkpoint(half):
+    folder, found = half
+    for said in found:
+        assert said["nan"].startswith("step 2: the training loss of process 1 is nan")
+        assert said["nan ddp"].startswith("step 2: the training loss of process 0 is nan")
+    assert newest(folder / "nan").name == "step-00000002"
+
+
+def test_a_gradient_that_is_not_finite_stops_before_weights_change(alone):
+    model = jobs.small("paper")
+    config = PretrainConfig(**jobs.CONFIG)
+    optimizers = build_optimizers(model, config)
+    next(model.parameters()).register_hook(lambda g: g * float("inf"))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="step 7: the norm of the gradient is (inf|nan) on process 0"):
+        update(model, model, optimizers, Sequences(jobs.tokens(2, 8)), config, alone, 7)
+    assert all(torch.equal(x, p) for x, p in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("moment, in_force, size", [("half of the data", 2, 2), ("all data, no name", 2, 1),
+                                                    ("named, the former not deleted", 4, 1)])
+def test_killed_while_a_checkpoint_is_written_the_former_is_in_force(alone, tmp_path, moment, in_force, size):
+    found = run(jobs.killed, size, tmp_path, moment)
+    assert -9 in found  # killed, not failed
+    assert newest(tmp_path).name == f"step-{in_force:08d}"
+    assert bool(list(tmp_path.glob("*.tmp"))) == (in_force == 2)
+    whole = jobs.train(alone, {}, jobs.arm("calibrated"))
+    resumed = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path)
+    torch.testing.assert_close(resumed["losses"], whole["losses"][in_force:], rtol=1e-10, atol=1e-10)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]  # what was half written is gone
+
+
+class Harmful:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_of_other_settings_or_damaged_is_refused(half, alone, tmp_path):
+    folder, _ = half
+    shutil.copytree(folder / "ddp", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other settings \(buffer 8, now 6; seed 3, now 4\)"):
+        jobs.train(alone, {**RUN[0], "buffer": 6, "seed": 4}, *RUN[1:], folder=tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot be read .*is not in it|cannot be read .*KeyError"):
+        jobs.train(alone, *RUN[:2], "paper", tmp_path / "run")
+    progress = newest(tmp_path / "run") / "progress.json"
+    content = progress.read_text()
+    progress.write_text(content[:-5])
+    with pytest.raises(ValueError, match="checkpoint .*step-00000003 cannot be read .*delete it"):
+        jobs.train(alone, *RUN, tmp_path / "run")
+    progress.write_text(content)
+    contents = newest(tmp_path / "run") / ".metadata"
+    sound = contents.read_bytes()
+    contents.write_bytes(pickle.dumps(Harmful(tmp_path / "executed")))
+    with pytest.raises(ValueError, match="cannot be read .*names .*mkdir"):
+        jobs.train(alone, *RUN, tmp_path / "run")
+    assert not (tmp_path / "executed").exists()
+    contents.write_bytes(sound)
+    data = next((tmp_path / "run").glob("step-*/*.distcp"))
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(ValueError, match="checkpoint .*step-00000003 cannot be read .*delete it"):
+        jobs.train(alone, *RUN, tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so_and_the_former_stays(alone, tmp_path, monkeypatch):
+    def full_disk(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path, stop=2)
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full_disk)
+    with pytest.raises(OSError, match="checkpoint of step 4 .*No space left on device.*step-00000002 stays in force"):
+        jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path)
+    assert newest(tmp_path).name == "step-00000002"
+
+
+def test_sharded_weights_cannot_be_scored_again_after_running_out_of_memory(alone):
+    said = jobs.starved(alone, "fsdp2", 3, {})
+    assert said == ("out of GPU memory at step 0, scoring 8 candidates at a time on process 0; give a smaller scoring "
+                    "microbatch or window")
+    assert jobs.starved(alone, "ddp", 0, {}).startswith("out of GPU memory at step 0, scoring 1 candidates at a time")
+
+
+def test_progress_is_plain_json_and_a_run_that_is_done_is_not_trained_again(alone, tmp_path):
+    found = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path)
+    content = json.loads((newest(tmp_path) / "progress.json").read_text())
+    assert content["progress"]["selected_sha256"] == found["sha"]
+    assert sum(content["progress"]["offered"].values()) == 5 * 8
+    again = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path)
+    assert again["losses"] == [] and again["sha"] == found["sha"]
+    for name, p in found["weights"].items():
+        assert torch.equal(p, again["weights"][name])
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"selection_ratio": 0.0}, "selection_ratio must be in"),
+    ({"buffer": 1, "selection_ratio": 0.4}, "selects nothing"),
+    ({"optimizer": "sgd"}, "optimizer must be adamw or muon, got 'sgd'"),
+    ({"microbatch": 0}, "microbatch must be at least 1 sequence, got 0"),
+    ({"precision": "float16"}, "precision must be"), ({"warmup": 2.0}, "warmup must be a share in"),
+    ({"steps": 0}, "steps must be at least 1, got 0"), ({"parallelism": "tp"}, "parallelism must be ddp or fsdp2"),
+])
+def test_settings_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(**jobs.CONFIG | options)
+
+
+def test_the_buffer_must_fall_evenly_to_the_processes(alone):
+    world = World(0, 3, alone.device)
+    with pytest.raises(ValueError, match="4 selected sequences cannot be trained on by 3 processes"):
+        pretrain(PretrainConfig(**jobs.CONFIG), jobs.small("paper"), jobs.FakePool(1), jobs.FakePool(2), None, world)
+
+
+def test_the_rate_rises_in_the_first_share_and_falls_in_the_last():
+    rates = [rate_factor(step, 10, 0.2, 0.4) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5])
+
+
+def test_only_local_selection_is_another_run_on_another_number_of_processes():
+    shared, local = (PretrainConfig(**jobs.CONFIG, selection=scope) for scope in ("global", "local"))
+    assert shared.identity(2) == shared.identity(4) and local.identity(2) != local.identity(4)
+    spread = PretrainConfig(**jobs.CONFIG | {"parallelism": "ddp", "microbatch": 3, "checkpoint_every": 7})
+    assert spread.identity(1) == shared.identity(1)

@@ -1,0 +1,152 @@
+"""The command of pre-training: its plan, a Qwen3 of two layers end to end, torchrun, and its errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shared_jobs as jobs
+import torch
+from transformers import AutoModelForCausalLM
+
+from opus_bench import results
+from reproduce import pretrain as command
+from reproduce.presets import METHODS, PRESETS, WINDOW
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--steps", "4", "--length", "12", "--buffer", "4", "--window", "10", "--proxy-size", "4",
+         "--validation-every", "2", "--validation-sequences", "3", "--checkpoint-every", "2", "--precision", "float32"]
+
+
+class CountedPool(jobs.FakePool):
+    """Invented tokens with what a pool of shards says of itself."""
+
+    vocab_size, token_count, domains = 50, 120_000, ("a", "b")
+
+    def __init__(self, where, verify=True):
+        super().__init__(len(str(where)))
+        self.sha256 = f"{self.seed:064x}"
+
+    def sequence_count(self, length):
+        return self.token_count // length
+
+
+@pytest.fixture
+def qwen3(tmp_path):
+    torch.manual_seed(0)
+    jobs.small_qwen3().save_pretrained(tmp_path / "qwen3")
+    return tmp_path / "qwen3"
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """The command in this process, on invented pools; its exit code, and what it printed and complained of."""
+    monkeypatch.setattr(command, "ShardPool", CountedPool, raising=False)
+
+    def run(*arguments):
+        where = ["--data", "pool", "--proxy", "proxies", "--results", str(tmp_path / "results")]
+        code = command.main([*map(str, arguments), *where])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_the_presets_are_the_papers_settings():
+    large, xl, qwen = (PRESETS[name] for name in ("gpt2-large", "gpt2-xl", "qwen3-8b"))
+    for preset in PRESETS.values():
+        c = preset.config
+        assert preset.tokens <= c.update_tokens < preset.tokens + c.selected_size * c.length
+        assert (c.selection_ratio, c.proxy_size, c.proxy_length) == (0.5, 8, WINDOW)
+        assert any("schedule" in line and "not published" in line for line in preset.decided)
+    # the token ratio of scoring, (N + proxy) 512 / (rho N L): 4.69 % for Large with N = 64, 20.8 % for XL with 32
+    ratios = [(p.config.buffer + 8) * 512 / (p.config.selected_size * p.config.length) for p in (large, xl)]
+    assert ratios == [pytest.approx(0.0469, abs=5e-5), pytest.approx(0.208, abs=5e-4)]
+    assert qwen.config.update_tokens // qwen.config.steps == 8 * 4096 and qwen.processes == 8
+    assert (qwen.config.adam_lr, qwen.config.muon_lr, qwen.config.warmup) == (1e-6, 1e-5, 0.01)
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(call, tmp_path):
+    code, out, _ = call("--model", "gpt2-xl", "--optimizer", "muon", "--dry-run")
+    assert code == 0 and not (tmp_path / "results").exists()
+    assert "305,176 steps" not in out and "305,176 x 16 of 32 sequences x 6,144 tokens" in out
+    parameters = 50_304 * 1600 + 48 * 12 * 1600**2
+    assert f"{parameters:,} parameters" in out
+    held = 4 * (6 * parameters - 48 * 12 * 1600**2) / 2**30
+    assert f"{held:.2f} GiB a process" in out
+    assert "learning-rate schedule not published" in out and "proxy_size 32 instead of 8" in out
+
+
+@pytest.mark.parametrize("method", ["opus-paper", "ppl-low"])
+def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method):
+    sketch = ["--sketch-width", "64"] if method == "opus-paper" else []
+    arguments = ["--model", qwen3, "--method", method, *SMALL, *sketch, "--validation", "held-out",
+                 "--save", tmp_path / "trained", "--no-checkpointing"]
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    (record,) = results.load(tmp_path / "results" / "runs")
+    assert (record["method"], record["arm"]) == (METHODS[method].name, METHODS[method].arm)
+    assert record["environment"]["world_size"] == 1 and record["environment"]["parallelism"] == "fsdp2"
+    assert [m["step"] for m in record["metrics"] if m["split"] == "val"] == [0, 2, 4]
+    assert sum(record["selection"]["chosen"].values()) == 4 * 2
+    assert "length 12 instead of 4096" in record["deviations"]
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    before = AutoModelForCausalLM.from_pretrained(qwen3)
+    moved = [not torch.equal(p, q) for p, q in zip(trained.parameters(), before.parameters())]
+    assert all(moved)
+    code, out, _ = call(*arguments)
+    assert code == 0 and "is there: done" in out
+
+
+def test_two_processes_of_torchrun_train_as_one_process_does(qwen3, tmp_path):
+    pool = pytest.importorskip("opus_bench.pool")
+    from opus_bench.shards import write_shard
+
+    for name in ("pool", "proxies"):
+        tokens = np.random.default_rng(len(name)).integers(0, 50, 2_000).astype(np.uint16)
+        about = write_shard(tmp_path / name / "a" / "0.bin", tokens)
+        manifest = {"format": 1, "domains": {"a": {}}, "tokenizer": {"vocab_size": 50}, "sha256": f"{len(name):064x}",
+                    "shards": [{"file": "a/0.bin", "domain": "a", **about}]}
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+    assert pool.ShardPool(tmp_path / "pool").sequence_count(12) > 0
+    arguments = ["--model", str(qwen3), "--data", str(tmp_path / "pool"),
+                 "--proxy", str(tmp_path / "proxies"), *SMALL]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reproduce.pretrain"]
+    done = subprocess.run([sys.executable, *torchrun, *arguments, "--results", str(tmp_path / "two")], cwd=ROOT,
+                          capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert command.main([*arguments, "--results", str(tmp_path / "one")]) == 0
+    (one,), (two,) = (results.load(tmp_path / name / "runs") for name in ("one", "two"))
+    assert (one["environment"]["world_size"], two["environment"]["world_size"]) == (1, 2)
+    assert one["run_id"] == two["run_id"] and one["data"]["selected_sha256"] == two["data"]["selected_sha256"]
+    # float32: some hundred units of round-off
+    assert [m["value"] for m in two["metrics"]] == pytest.approx([m["value"] for m in one["metrics"]], rel=5e-5)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "no-such-model"], "model 'no-such-model' is no folder here"),
+    (["--model", "ci", "--method", "random", "--sketch-width", "64"], "--sketch-width is of the opus methods with a"),
+    (["--model", "ci", "--method", "ppl-low", "--score-microbatch", "2"], "--score-microbatch is of the opus methods"),
+    (["--model", "ci", "--steps", "4", "--tokens", "1e6"], "--steps and --tokens say the same"),
+    (["--model", "ci", "--length", "0"], "length must be at least 1, got 0"),
+    (["--model", "ci", "--length", "1024"], "sequences of 1,024 tokens do not fit"),
+])
+def test_bad_input_is_one_line_before_anything_is_computed(call, arguments, message, tmp_path):
+    code, _, err = call(*arguments)
+    assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_vocabulary_that_the_model_lacks_is_refused(call, qwen3, monkeypatch):
+    monkeypatch.setattr(CountedPool, "vocab_size", 51)
+    code, _, err = call("--model", qwen3, *SMALL)
+    assert code == 2 and "--data has tokens of a vocabulary of 51, the model one of 50" in err
+
+
+def test_processes_that_cannot_share_the_selection_are_refused(call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = call("--model", "ci", *SMALL, "--dry-run")
+    assert code == 2 and "2 selected sequences cannot be trained on by 3 processes evenly" in err
