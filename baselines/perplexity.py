@@ -71,7 +71,8 @@ class ReferenceLoss:
             raise ValueError(f"keep must be high or low, got {keep!r}")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-            loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, trust_remote_code=trust_remote_code, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {model} ({str(error).splitlines()[0]}); give --model FOLDER") from error
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")

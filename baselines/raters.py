@@ -95,7 +95,8 @@ class QuRating:
 def _load(name: str, outputs: int, device: str | None, trust_remote_code: bool) -> tuple[Any, Any, str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, trust_remote_code=trust_remote_code, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name} ({str(error).splitlines()[0]}); give --model FOLDER") from error
     if model.config.num_labels != outputs:

@@ -53,6 +53,14 @@ LINES = (
 )
 OTHER_COLOURS = ("#7f7f7f", "#8c6d1f", "#5e3c99")
 BASE = "Random"
+
+
+def title_of(key: str) -> str:
+    """An optimizer, with what follows a comma, as a panel's title."""
+    optimizer, *rest = key.split(", ", 1)
+    return ", ".join([OPTIMIZERS.get(optimizer, optimizer), *rest])
+
+
 LEVELS = (-3, -2, -1, -0.5, -0.25, 0.25, 0.5, 1, 2, 3)
 
 
@@ -83,7 +91,7 @@ def draw_losses(
             _lines(top, losses[optimizer], losses[optimizer])
             bottom.axhline(0, zorder=4, **look_of(BASE, [BASE]))
             _lines(bottom, gaps[optimizer], losses[optimizer], band=_interval)
-            top.set_title(OPTIMIZERS.get(optimizer, optimizer))
+            top.set_title(title_of(optimizer))
             bottom.set_xlabel("update tokens")
             bottom.xaxis.set_major_formatter(EngFormatter(sep=""))
             bottom.xaxis.set_major_locator(MaxNLocator(5))
@@ -112,7 +120,7 @@ def draw_uniformity(
             _lines(bottom, panels["total_variation"], sizes[optimizer], band=_range)
             for axis in (top, bottom):
                 axis.set_ylim(-0.04, 1.06)
-            top.set_title(OPTIMIZERS.get(optimizer, optimizer))
+            top.set_title(title_of(optimizer))
             bottom.set_xlabel("step")
             bottom.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes[0, 0].set_ylabel("effective sample size\n(share of the buffer)")
@@ -163,7 +171,7 @@ def draw_domains(
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
             axis.invert_yaxis()
-            axis.set_title(OPTIMIZERS.get(optimizer, optimizer), loc="left")
+            axis.set_title(title_of(optimizer), loc="left")
         figure.suptitle(f"What each selector chose, % of its samples by domain ({title})", fontsize=11)
         figure.tight_layout()
         bar = figure.colorbar(mesh, ax=axes, extend="both", shrink=0.85, pad=0.02, aspect=32)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UNHASHED = frozenset(
     {"schema", "provenance", "results", "statistics", "significance", "sections", "tables", "figures", "report"}
     | {"figure_values", "site", "site_pages", "site_figures", "site_summary"}
-    | {"cli", "doctor"}
+    | {"cli", "doctor", "evaluate_command", "model_evaluation", "samples"}
 )
 """Modules that make no number of a record: they check, store and read records, or print beside them."""
 

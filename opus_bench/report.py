@@ -20,7 +20,7 @@ from opus_bench import figures, tables
 from opus_bench.results import load
 from opus_bench.schema import RecordError
 from opus_bench.sections import Row, Section, arrange, domain_share, loss_curve
-from opus_bench.tables import HOLM_MARK, MARK, NONE, PAPER_CORPUS, PAPER_MODEL
+from opus_bench.tables import HOLM_MARK, MARK, NONE, PAPER_CORPUS
 
 PIPELINE_SCALES = ("smoke", "ci")
 MARKERS = ("<!-- results -->", "<!-- end of results -->")
@@ -60,7 +60,7 @@ def readme_block(sections: list[Section], experiment: str, reported: dict) -> st
     parts = []
     for section in sections:
         seeds = max(len(row.records) for row in section.rows)
-        name = figures.OPTIMIZERS.get(section.optimizer, section.optimizer)
+        name = figures.title_of(section.key)
         parts += [
             (
                 f"**{name}, {section.scale} scale, n = {seeds} seeds.** Made by `python -m reproduce.{experiment} --scale "
@@ -158,7 +158,7 @@ def page(sections: list[Section], experiment: str, reported: dict, drawn: Sequen
 
 
 def _section_page(section: Section, reported: dict) -> list[str]:
-    name = figures.OPTIMIZERS.get(section.optimizer, section.optimizer)
+    name = figures.title_of(section.key)
     selection_notes = sorted({note for record in section.records for note in record["selection"]["notes"]})
     notes = [f"- {note}" for note in section.notes + selection_notes]
     parts = [f"### {name}: summary", tables.summary(section, reported), tables.power_line(section)]
@@ -169,7 +169,8 @@ def _section_page(section: Section, reported: dict) -> list[str]:
         tables.offline(section),
         f"### {name}: bits per byte by domain (difference to Random ± half-width of its 95 % interval)",
         tables.bits(section),
-        f"### {name}: the paper's ten tasks, ours | the paper's ({PAPER_MODEL}, {PAPER_CORPUS}), accuracy in %",
+        (f"### {name}: the paper's ten tasks, ours | the paper's ({tables.paper_model(section)}, {PAPER_CORPUS}), "
+         "accuracy in %"),
         tables.paper_tasks(section, reported),
         f"### {name}: runs",
         tables.runs(section),
@@ -190,11 +191,11 @@ def _figures(sections: list[Section], experiment: str, directory: Path) -> list[
         title = f"{scale} scale: pipeline check" if scale in PIPELINE_SCALES else f"{scale} scale"
         stem = directory / f"{experiment}_{scale}"
         target = chosen[0].records[0]["data"]["target_domain"]
-        losses = {s.optimizer: {r.label: _curves(r, loss_curve) for r in s.rows} for s in chosen}
-        gaps = {s.optimizer: {r.label: _gap(r, s.base) for r in s.rows if s.base and r is not s.base} for s in chosen}
-        shares = {s.optimizer: _shares(s) for s in chosen}
+        losses = {s.key: {r.label: _curves(r, loss_curve) for r in s.rows} for s in chosen}
+        gaps = {s.key: {r.label: _gap(r, s.base) for r in s.rows if s.base and r is not s.base} for s in chosen}
+        shares = {s.key: _shares(s) for s in chosen}
         steps = {
-            s.optimizer: {
+            s.key: {
                 name: {r.label: _curves(r, lambda record, name=name: _per_step(record, name)) for r in s.rows}
                 for name in ("effective_sample_size", "total_variation")
             }

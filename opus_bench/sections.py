@@ -1,9 +1,10 @@
 """Records to sections: which records a table shows, in what order, and the values of each.
 
-Which records make a section (one scale, one optimizer): records of one code version, data
-specification, model and length of training are a set. The set that covers most methods is shown, of
+Which records make a section (one scale, one optimizer, and one model where config.setting names it): records of one
+code version, data specification, model and length of training are a set. The set that covers most methods is shown, of
 those the one with most runs, of those the newest: an unfinished rerun does not displace a finished
-grid. A method that this set lacks is filled in from a set that differs in code only, and marked.
+grid. A method that this set lacks is filled in from a set that differs in code only, and marked. Rows of one
+setting may differ in their text and in how much they read: that is then what is compared.
 """
 from __future__ import annotations
 
@@ -55,6 +56,12 @@ class Section:
     optimizer: str
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+    setting: str = ""  # config.setting of its records: the model, as in the paper's tables
+
+    @property
+    def key(self) -> str:
+        """Its place beside others of the same scale: the optimizer, with the model where that is named."""
+        return f"{self.optimizer}, {self.setting}" if self.setting else self.optimizer
 
     @property
     def base(self) -> Row | None:
@@ -84,16 +91,18 @@ def arrange(records: Iterable[dict]) -> list[Section]:
     """Sections in order of scale and optimizer, each from the set of records that the module names."""
     grids = defaultdict(list)
     for record in records:
-        grids[record["scale"], record["config"]["optimizer"]].append(record)
-    return [_section(scale, optimizer, grids[scale, optimizer]) for scale, optimizer in sorted(grids)]
+        config = record["config"]
+        grids[record["scale"], config["optimizer"], config.get("setting", "")].append(record)
+    return [_section(*key, grids[key]) for key in sorted(grids)]
 
 
-def _section(scale: str, optimizer: str, records: list[dict]) -> Section:
+def _section(scale: str, optimizer: str, setting: str, records: list[dict]) -> Section:
     sets = defaultdict(list)
     for record in records:
         config = record["config"]
-        shape = (record["data"]["spec_sha256"], *(repr(config.get(key)) for key in ("model", "length")),
-                 _sequences_trained_on(config))
+        shape = (setting,) if setting else (
+            record["data"]["spec_sha256"], *(repr(config.get(key)) for key in ("model", "length")),
+            _sequences_trained_on(config))
         sets[shape, record["code"]["version"]].append(record)
 
     def completeness(key: tuple) -> tuple:
@@ -114,7 +123,7 @@ def _section(scale: str, optimizer: str, records: list[dict]) -> Section:
             rows[label] = Row(label, _paper_row(next(iter(by_seed.values()))), by_seed, foreign=key[1] != version)
             if key[1] != version:
                 notes.append(f"{label}{FOREIGN}: run under code {key[1][:12]}, the other rows under {version[:12]}.")
-    section = Section(scale, optimizer, sorted(rows.values(), key=lambda row: _rank(row.label)), notes)
+    section = Section(scale, optimizer, sorted(rows.values(), key=lambda row: _rank(row.label)), notes, setting)
     left_out = len(records) - len(section.records)
     if left_out:
         notes.append(

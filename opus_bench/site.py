@@ -116,7 +116,7 @@ def replay(record: dict, commands: dict[str, str]) -> str:
     experiment, config = record["experiment"], record["config"]
     given = commands.get(experiment, f"python -m reproduce.{experiment}").split()[:3]
     options = []
-    if given[-1].startswith("reproduce."):
+    if given[-1].startswith("reproduce.") and config["optimizer"] != "none":  # a run of a grid
         options = ["--scale", record["scale"], "--optimizers", config["optimizer"], "--seeds", str(config["seed"] + 1)]
         if record["method"] not in OPTIMIZERS.values():
             options += ["--methods", label_of(record)]

@@ -72,18 +72,29 @@ class CandidateStream:
         length: tokens in a sequence.
         buffer: candidates in a step.
         seed: at least 0.
+        only: domains that candidates come from, in the proportions of their shares; None: all.  Ids are those of
+            the whole pool all the same.
 
     Raises:
-        CorpusError: if a domain has no sequence of this length, or an argument is out of range.
+        CorpusError: if a domain has no sequence of this length or is not in the corpus, or an argument is out of
+            range.
     """
 
-    def __init__(self, corpus: Corpus, length: int, buffer: int, seed: int):
+    def __init__(self, corpus: Corpus, length: int, buffer: int, seed: int, only: Sequence[str] | None = None):
         positive(length=length, buffer=buffer)
         seed_in_range(seed)
         self.corpus, self.length, self.buffer, self.seed = corpus, length, buffer, seed
         shares = dict(corpus.spec.shares)
         self.domains = corpus.domains
         self.shares = np.array([shares[domain] for domain in self.domains])
+        if only is not None:
+            for name in only:
+                if name not in self.domains:
+                    raise CorpusError(f"the corpus has no domain {name!r}; known: {', '.join(self.domains)}")
+            self.shares = self.shares * np.array([domain in only for domain in self.domains])
+            if not self.shares.any():
+                raise CorpusError("no domain is left that candidates could come from")
+            self.shares = self.shares / self.shares.sum()
         self.sizes = np.array([sequence_count(corpus, "train", name, length) for name in self.domains])
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)])
         self._shards = [corpus.tokens("train", domain) for domain in self.domains]

@@ -39,6 +39,7 @@ from opus_bench.statistics import (
 )
 
 PAPER_MODEL, PAPER_CORPUS = "GPT-2 XL", "FineWeb"
+PAPER_MODELS = ("GPT-2 Large", "GPT-2 XL")
 PAPER_TASKS = ("MMLU", "ANLI", "HellaSwag", "PIQA", "SIQA", "WinoGrande", "ARC-E", "ARC-C", "CommonsenseQA", "WSC")
 TASK_NAMES = {"socialiqa": "SIQA", "arceasy": "ARC-E", "arcchallenge": "ARC-C", "csqa": "CommonsenseQA"}
 MEAN_ACCURACY = "mean_accuracy"
@@ -136,8 +137,13 @@ def paper_cells(path: str | Path) -> dict[tuple[str, ...], float]:
     return {tuple(line[key] for key in keys): float(line["value"]) for line in lines}
 
 
-def _paper_value(reported: dict, optimizer: str, method: str | None, benchmark: str) -> str:
-    value = reported.get(("3", PAPER_MODEL, optimizer.lower(), PAPER_CORPUS, method, benchmark))
+def paper_model(section: Section) -> str:
+    """The paper's model whose numbers stand beside the section's."""
+    return section.setting if section.setting in PAPER_MODELS else PAPER_MODEL
+
+
+def _paper_value(reported: dict, section: Section, method: str | None, benchmark: str) -> str:
+    value = reported.get(("3", paper_model(section), section.optimizer.lower(), PAPER_CORPUS, method, benchmark))
     return NONE if value is None else f"{value:.2f}"
 
 
@@ -188,7 +194,7 @@ def summary(section: Section, reported: dict) -> str:
         "effective sample size (share of buffer)",
         f"{target}: chosen / offered (%)",
         "corrupted: chosen / offered (%)",
-        f"the paper's own: mean of its ten tasks, {PAPER_MODEL}, {PAPER_CORPUS} (%)",
+        f"the paper's own: mean of its ten tasks, {paper_model(section)}, {PAPER_CORPUS} (%)",
     ]
     lines = []
     for row in section.rows:
@@ -211,7 +217,7 @@ def summary(section: Section, reported: dict) -> str:
                 mean(uniform, 4) if uniform else "none: deterministic",
                 shares(lambda record: [record["data"]["target_domain"]]),
                 shares(corrupted_domains),
-                _paper_value(reported, section.optimizer, row.paper_row, "Avg"),
+                _paper_value(reported, section, row.paper_row, "Avg"),
             ]
         )
     return markdown(header, lines)
@@ -228,7 +234,7 @@ def brief(section: Section, reported: dict) -> str:
         "offline suite (%)",
         "select / train time",
         "effective sample size, share",
-        f"the paper's mean (%), {PAPER_MODEL}",
+        f"the paper's mean (%), {paper_model(section)}",
     ]
     lines = [
         [
@@ -239,7 +245,7 @@ def brief(section: Section, reported: dict) -> str:
             mean(row.values(evaluated(MEAN_ACCURACY)), 1, 100),
             mean(row.values(time_ratio), 0, 100, " %"),
             mean(row.values(step_mean("effective_sample_size")), 4),
-            _paper_value(reported, section.optimizer, row.paper_row, "Avg"),
+            _paper_value(reported, section, row.paper_row, "Avg"),
         ]
         for row in section.rows
     ]
@@ -315,12 +321,12 @@ def paper_tasks(section: Section, reported: dict) -> str:
     """The paper's ten tasks, ours beside the paper's; what was not run says why."""
     columns = [(row.label, row.paper_row, row) for row in section.rows if row.paper_row]
     there = {paper_row for _, paper_row, _ in columns}
-    key = ("3", PAPER_MODEL, section.optimizer.lower(), PAPER_CORPUS)
+    key = ("3", paper_model(section), section.optimizer.lower(), PAPER_CORPUS)
     others = list(dict.fromkeys(cell[4] for cell in reported if cell[:4] == key and cell[4] not in there))
     columns += [(method, method, None) for method in others]
     lines = [
         [label + FOREIGN * bool(row and row.foreign)]
-        + [f"{_ours(row, task)} | {_paper_value(reported, section.optimizer, method, task)}" for task in PAPER_TASKS]
+        + [f"{_ours(row, task)} | {_paper_value(reported, section, method, task)}" for task in PAPER_TASKS]
         for label, method, row in columns
     ]
     return markdown(["method", *PAPER_TASKS], lines)

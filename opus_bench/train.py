@@ -58,6 +58,7 @@ class RunConfig:
     selection_ratio: float = 0.5  # chosen / candidates, rho [paper]
     proxy_size: int = 8  # proxy sequences per step [paper], refreshed every step
     proxy: str = "target"  # text of the target's proxy split, or "pool": held-out text of the mixture itself
+    domains: tuple[str, ...] | None = None  # of the candidates, in the shares of the corpus; None: all
     seed: int = 0  # of weights, data order, proxy order and sampling
     evaluations: int = 12  # points of the validation curve after step 0
     validation_sequences: int = 32  # of the target domain, ``length`` tokens each
@@ -289,7 +290,7 @@ def train(
     model.train()
     optimizers = build_optimizers(model, config)
     generator = torch.Generator().manual_seed(config.seed)
-    stream = CandidateStream(corpus, config.length, config.buffer, config.seed)
+    stream = CandidateStream(corpus, config.length, config.buffer, config.seed, config.domains)
     proxy = PROXIES[config.proxy](corpus, config.length, config.proxy_size, config.seed)
     target = corpus.spec.target
     held_out = corpus.sequences("validation", target, config.length, config.validation_sequences)

@@ -3,6 +3,7 @@
     python -m reproduce.ablations --scale smoke     # about 13 min, 2 CPU cores; checks the pipeline
     python -m reproduce.ablations --scale ci        # under a minute; exercises the code
     python -m reproduce.ablations --dry-run         # prints the runs and stops
+    python -m reproduce.ablations --scale small --dry-run       # on one GPU; --scale paper: the paper's size
 
 The base row is OPUS (calibrated): exact alignment over all matrices, frozen P_t, proxy of four times the
 scale's sequences every 8 steps, effective share .25, no redundancy term, half of the buffer chosen.  Every other
@@ -81,7 +82,7 @@ TABLE = Comparison(
     optimizers=("adamw",),
     deviations=deviations,
 )
-runs, write = TABLE.runs, TABLE.write
+runs, write, large_runs = TABLE.runs, TABLE.write, TABLE.large_runs
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write))
+    sys.exit(main(runs, __doc__, write, large_runs))

@@ -23,6 +23,9 @@ from opus_bench.statistics import mean_interval
 from opus_bench.tables import MARK, NONE, PAPER_CORPUS
 from opus_bench.train import RunConfig
 
+from .paper_rows import Line
+from .paper_scale import PaperRun, grid
+from .paper_settings import GPT2, GPT2_XL, Setting
 from .scales import SCALES, Scale
 from .training import Run
 
@@ -74,6 +77,9 @@ class Comparison:
     optimizers: tuple[str, ...]
     deviations: Callable[[Scale], tuple[str, ...]]  # of all rows
     paper_model: str | None = None  # whose numbers stand beside ours
+    paper_corpus: str = PAPER_CORPUS  # the same
+    settings: tuple[Setting, ...] = (GPT2_XL,)  # of scale paper
+    large_lines: Callable[[Setting], list[Line]] | None = None  # rows of small and paper; None: those of ``methods``
     seen: Callable[[dict[str, Row]], list[str]] = lambda rows: []  # sentences from the numbers
 
     def runs(self, options: argparse.Namespace) -> list[Run]:
@@ -91,6 +97,27 @@ class Comparison:
             for seed in range(options.seeds or self.seeds[scale.name])
             for method in self.methods(scale)
         ]
+
+    def large_runs(self, options: argparse.Namespace) -> list[PaperRun]:
+        """Every run at scale small or paper."""
+        def lines(setting: Setting) -> list[Line]:
+            if self.large_lines is not None:
+                return self.large_lines(setting)
+            return [Line(method.name, method.selector, method.options, method.arm, method.paper_row,
+                         config=method.config, item=method.item, deviations=method.deviations)
+                    for method in self.methods(setting.scale(options.scale))]
+
+        return grid(self.experiment, self.item, options, lines, self.settings, self.optimizers)
+
+    def _rows_of(self, scale: str) -> list[Method]:
+        """The rows at a scale; those of small and paper as far as they are methods of the others."""
+        if scale in SCALES:
+            return self.methods(SCALES[scale])
+        setting = GPT2 if scale == "small" else self.settings[0]
+        if self.large_lines is None:
+            return self.methods(setting.scale(scale))
+        return [Method(line.name, line.selector, line.options, line.arm, random=line.random, paper_row=line.paper_row)
+                for line in self.large_lines(setting)]
 
     def _config(self, scale: Scale, method: Method, optimizer: str, seed: int) -> RunConfig:
         fields = {**scale.run, **self.sizes[scale.name]}
@@ -149,8 +176,8 @@ class Comparison:
         return "\n\n".join(parts) + "\n"
 
     def _section_page(self, section: Section) -> list[str]:
-        name = figures.OPTIMIZERS.get(section.optimizer, section.optimizer)
-        methods, found = self.methods(SCALES[section.scale]), {row.label: row for row in section.rows}
+        name = figures.title_of(section.key)
+        methods, found = self._rows_of(section.scale), {row.label: row for row in section.rows}
         rows = {method.label: found[method.label] for method in methods if method.label in found}
         notes = section.notes + [f"{label}: a row that the script no longer has, not shown."
                                  for label in found if label not in rows]
@@ -178,13 +205,14 @@ class Comparison:
                   "effective sample size (share of buffer)", f"{target}: chosen / offered (%)",
                   "seeds that chose the base row's very sequences"]
         if self.paper_model:
-            header.append(f"the paper's own: mean of its ten tasks, {self.paper_model}, {PAPER_CORPUS} (%)")
+            whose = f"{self._paper_model(section)}, {self.paper_corpus}"
+            header.append(f"the paper's own: mean of its ten tasks, {whose} (%)")
         bases = {method.base for method in methods}
         lines = []
         for method in methods:
             row, paper = rows.get(method.label), []
             if self.paper_model:
-                paper = [self._paper_cell(reported, method, section.optimizer)]
+                paper = [self._paper_cell(reported, method, section)]
             if row is None:
                 make = f"`{self._command(section.scale)} --optimizers {section.optimizer} --methods '{method.label}'`"
                 lines.append([method.label, "0", f"{NOT_RUN}no record; {make}", *[NONE] * 8, *paper])
@@ -211,9 +239,14 @@ class Comparison:
             ])
         return tables.markdown(header, lines)
 
-    def _paper_cell(self, reported: dict, method: Method, optimizer: str) -> str:
+    def _paper_model(self, section: Section) -> str | None:
+        """The paper's model whose numbers stand beside the section's."""
+        return section.setting if section.setting in tables.PAPER_MODELS else self.paper_model
+
+    def _paper_cell(self, reported: dict, method: Method, section: Section) -> str:
         item = method.item or self.item
-        key = (item.removeprefix("Table "), self.paper_model, optimizer, PAPER_CORPUS, method.paper_row, "Avg")
+        key = (item.removeprefix("Table "), self._paper_model(section), section.optimizer, self.paper_corpus,
+               method.paper_row, "Avg")
         if key not in reported:
             return NONE
         return f"{reported[key]:.2f}" + (f" ({item})" if item != self.item else "")
@@ -221,7 +254,7 @@ class Comparison:
     def _draw(self, sections: Sequence[Section], path: Path) -> Path:
         """A dot for every row: its final loss minus Random's, one panel an optimizer."""
         scale, target = sections[0].scale, sections[0].records[0]["data"]["target_domain"]
-        methods = [method for method in self.methods(SCALES[scale]) if method.random != method.label]
+        methods = [method for method in self._rows_of(scale) if method.random != method.label]
         arms, bases = {method.arm for method in methods}, {method.base for method in methods}
 
         def draw(figure, axes) -> None:
@@ -241,7 +274,7 @@ class Comparison:
                         if method.label in bases:
                             axis.axvline(interval.mean, color=colour, linewidth=0.8, alpha=0.5)
                 axis.set_ylim(len(methods) - 0.5, -0.5)
-                axis.set_title(figures.OPTIMIZERS.get(section.optimizer, section.optimizer))
+                axis.set_title(figures.title_of(section.key))
                 axis.set_xlabel(f"loss on {target} minus Random's\nof the same buffer and ratio (nat/token)")
             names = [method.label if len(arms) > 1 else method.name for method in methods]
             axes[0, 0].set_yticks(range(len(methods)), names)

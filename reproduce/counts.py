@@ -47,6 +47,13 @@ class Shape:
         """Numbers in the matrix that makes logits; the embedding is a lookup and has no FLOPs."""
         return self.width * self.vocabulary
 
+    @property
+    def squared_outputs(self) -> int:
+        """Sum over block matrices of the square of their output width: numbers in Muon's S of all of them."""
+        d, kv = self.width, self.width if self.kv_width is None else self.kv_width
+        inner = 4 * d if self.feed_forward is None else self.feed_forward
+        return self.layers * (3 * d * d + 2 * kv * kv + (2 if self.gated else 1) * inner * inner)
+
 
 LARGE = Shape("GPT-2 Large", "paper", *SIZES["gpt2-large"][:2], 50304, 24576, 64, 8, 32, 512)
 XL = Shape("GPT-2 XL", "paper", *SIZES["gpt2-xl"][:2], 50304, 6144, 32, 8, 16, 512)
@@ -155,6 +162,53 @@ def flop_ratio(shape: Shape, estimator: str, proxy_every: int = 1, causal: bool 
         raise ValueError(f"proxy_every must be at least 1, got {proxy_every}")
     scoring = candidate_flops(shape, estimator, causal) + proxy_flops(shape, causal) / proxy_every
     return scoring / training_flops(shape, causal)
+
+
+def scoring_flops(shape: Shape, selector: str, options: dict, optimizer: str, causal: bool = False) -> float:
+    """What a selector does for one step on N candidates, by its name and options in the records.
+
+        random, quality   none: a static score is made once, `encoder_flops`
+        perplexity        one forward of the candidates' windows
+        greats            exact alignment and Gram, a proxy every ``proxy_every`` steps
+        opus              the estimator of the arm or of the option ``estimator`` (sketch, forward), and a proxy; layers
+                          other than the blocks add the head's products; sketches under Muon add S b for every
+                          position, 2 n t sum o^2
+
+    Not counted: what `candidate_flops` does not count, and P_t once a step on the proxy's gradient.
+
+    Raises:
+        ValueError: an unknown selector.
+    """
+    n, t = shape.candidates, min(shape.window, shape.length)
+    shape = replace(shape, window=t)
+    if selector in ("random", "quality"):
+        return 0
+    if selector == "perplexity":
+        return forward_flops(shape, n, t, causal)
+    if selector not in ("greats", "opus"):
+        raise ValueError(f"no count for selector {selector!r}; known: random, quality, perplexity, greats, opus")
+    calibrated = options.get("arm") == "calibrated"
+    every = options.get("proxy_every", 8 if calibrated else 1)
+    names = {"sketch": "CountSketch", "exact": "exact alignment", "forward": "central difference"}
+    estimator = names[options.get("estimator", "exact" if calibrated else "sketch")]
+    redundancy = options.get("redundancy", 0 if calibrated else 1)
+    if selector == "greats" or (estimator == "exact alignment" and redundancy != 0):
+        estimator = "exact alignment and Gram"
+    total = candidate_flops(shape, estimator, causal) + proxy_flops(shape, causal) / every
+    head = options.get("layers", "matrices" if calibrated else "blocks") != "blocks"
+    if head and estimator != "central difference":
+        total += 2 * n * t * shape.head_parameters + 2 * shape.proxies * t * shape.head_parameters / every
+    if estimator == "CountSketch" and optimizer == "muon":
+        total += 2 * n * t * shape.squared_outputs
+    return total
+
+
+def encoder_flops(parameters: int | None, tokens: int) -> int:
+    """A forward over text: 2 parameters tokens; 0 for a bag of hashed words, whose sums are negligible beside it.
+
+    An upper bound for an encoder that reads the beginning of a document alone; attention is not counted.
+    """
+    return 0 if parameters is None else 2 * parameters * tokens
 
 
 def kept_bytes(shape: Shape, width: int = 8192) -> dict[str, int]:

@@ -28,13 +28,14 @@ from .comparison import REPORTED
 from .measurement import newest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("table3", "table7", "table8", "ablations", "offline_suite", "sketch_error", "noise_budget",
-           "utility_validity", "selection_entropy", "noise_injection", "muon_map", "scoring", "overhead",
-           "coverage", "audit")
+SCRIPTS = ("table3", "table5", "table6", "figure1", "figure4", "figure7", "table7", "table8", "ablations",
+           "offline_suite", "sketch_error", "noise_budget", "utility_validity", "selection_entropy", "noise_injection",
+           "muon_map", "scoring", "overhead", "coverage", "audit")
 ELSEWHERE = {"scoring": "benchmarks.scoring"}  # modules that are not reproduce.<name>
-READS = {"overhead": "scoring"}  # experiments whose records a page is made from, where it has another name
+VIEWS = ("table5", "table6", "figure1", "figure4", "figure7")  # of Table 3's records
+READS = {"overhead": "scoring", **dict.fromkeys(VIEWS, "table3")}  # experiments whose records a page is made from
 WITHOUT_RECORDS = ("audit",)  # pages that are made from the paper's numbers alone
-WITHOUT_SCALE = (*ELSEWHERE, *READS, "coverage")
+WITHOUT_SCALE = (*ELSEWHERE, "overhead", "coverage")
 INSTRUMENT = """\
 # The instrument: what each approximation costs
 

@@ -17,13 +17,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from opus_bench import results
 from opus_bench.checkpoint import remove_checkpoints
 from opus_bench.corpus import Corpus, build_corpus
 from opus_bench.train import RunConfig
 
+from . import paper_launch
+from .paper_scale import GPU_SCALES, PaperRun
 from .scales import SCALES
 from .training import CHECKPOINT
 
@@ -55,13 +57,14 @@ class Job(Protocol):
         """Make the record, or return it if it is there."""
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The options that every script has."""
+def arguments(description: str, large: bool) -> argparse.Namespace:
+    """The options that every script has; ``large``: those of the scales on GPUs too."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=list(SCALES), default="smoke",
-                        help="size of the runs (default: smoke); how long each takes is said above")
+    parser.add_argument("--scale", choices=[*SCALES, *(GPU_SCALES if large else ())], default="smoke",
+                        help="size of the runs (default: smoke); how long each takes is said above" +
+                             (", and for small (one GPU) and paper by --dry-run" if large else ""))
     parser.add_argument("--results", type=Path, default=None,
                         help="folder for records, tables and figures "
                              "(default: results, or results/<scale> for other scales than smoke)")
@@ -75,6 +78,8 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--paper-tasks", action="store_true",
                         help="training runs: evaluate the paper's own tasks as well; needs a hub and hours")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and their cost, and stop")
+    if large:
+        paper_launch.add_options(parser)
     options = parser.parse_args()
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
@@ -85,7 +90,10 @@ def arguments(description: str) -> argparse.Namespace:
     return options
 
 
-def choose(runs: Sequence[Job], options: argparse.Namespace) -> list[Job]:
+Labelled = TypeVar("Labelled", Job, PaperRun)
+
+
+def choose(runs: Sequence[Labelled], options: argparse.Namespace) -> list[Labelled]:
     """The runs that the options ask for."""
     known = list(dict.fromkeys(run.label for run in runs))
     for name in options.methods or []:
@@ -97,13 +105,18 @@ def choose(runs: Sequence[Job], options: argparse.Namespace) -> list[Job]:
 Write = Callable[[Path], Sequence[Path]]
 
 
-def main(make_runs: Callable[[argparse.Namespace], Sequence[Job]], description: str, write: Write) -> int:
+def main(make_runs: Callable[[argparse.Namespace], Sequence[Job]], description: str, write: Write,
+         large_runs: Callable[[argparse.Namespace], Sequence[PaperRun]] | None = None) -> int:
     """Entry point of a script: exit code 0, 2 after one line about bad input, 130 on ctrl-C.
 
-    ``write`` turns a results folder into the script's tables and figures and returns their paths.
+    ``write`` turns a results folder into the script's tables and figures and returns their paths; ``large_runs``
+    makes the runs of the scales small and paper, which a script without it does not have.
     """
-    options = arguments(description)
+    options = arguments(description, large_runs is not None)
     try:
+        if options.scale in GPU_SCALES:
+            assert large_runs is not None
+            return paper_launch.launch(choose(large_runs(options), options), options, write)
         return run_grid(choose(make_runs(options), options), options, write)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

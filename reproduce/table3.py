@@ -3,6 +3,7 @@
     python -m reproduce.table3 --scale smoke     # about 17 min, 2 CPU cores; checks the pipeline
     python -m reproduce.table3 --scale ci        # under a minute; exercises the code
     python -m reproduce.table3 --dry-run         # prints the runs and stops
+    python -m reproduce.table3 --scale paper --dry-run    # GPT-2 Large and XL on FineWeb: runs, cost, what is missing
 
 Prints every run it will make, skips those already in results/runs/, then writes
 results/tables/table3.md and the figures beside it.  Interrupted, the same command goes on.
@@ -17,18 +18,12 @@ from pathlib import Path
 from opus_bench.report import report
 from opus_bench.train import RunConfig
 
+from .paper_rows import DEVIATIONS, compared_lines, opus_lines
+from .paper_scale import PaperRun, grid
+from .paper_settings import GPT2_LARGE, GPT2_XL
 from .runner import main
 from .scales import SCALES
 from .training import Run
-
-
-DEVIATIONS = {
-    "released": ("selects every optimizer step; the released code once per rho N steps",),
-    "calibrated": ("proxy four times as large, drawn every 8 steps instead of every step; all weights scored",),
-    "perplexity": ("loss of the score window instead of the whole sequence",),
-    "greats": ("greedy choice on the proxy batch and the score window of OPUS instead of validation data of its own",),
-    "quality": ("classifier trained here on the proxy split instead of DCLM's published fastText model",),
-}
 
 
 def methods(window: int, sketch_width: int) -> list[tuple[str, str | None, str | None, str, dict]]:
@@ -63,10 +58,16 @@ def runs(options: argparse.Namespace) -> list[Run]:
     ]
 
 
+def large_runs(options: argparse.Namespace) -> list[PaperRun]:
+    """The paper's rows with OPUS in its three arms, GPT-2 Large and XL, AdamW and Muon, on FineWeb."""
+    return grid("table3", "Table 3", options, lambda setting: [*compared_lines(setting), *opus_lines(setting)],
+                (GPT2_LARGE, GPT2_XL), ("adamw", "muon"))
+
+
 def write(results_dir: Path) -> list[Path]:
     """The table, its figures and the README's results."""
     return report(results_dir, Path(__file__).with_name("reported.csv"))
 
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write))
+    sys.exit(main(runs, __doc__, write, large_runs))

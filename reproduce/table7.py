@@ -3,6 +3,7 @@
     python -m reproduce.table7 --scale smoke     # about 14 min, 2 CPU cores; checks the pipeline
     python -m reproduce.table7 --scale ci        # under a minute; exercises the code
     python -m reproduce.table7 --dry-run         # prints the runs and stops
+    python -m reproduce.table7 --scale small --dry-run       # on one GPU; --scale paper: the paper's size
 
 Random, and for the arms `paper` and `calibrated`: OPUS (Boltzmann sampling, proxy from the target), Greedy
 (the same utility, highest first) and StdProxy (Boltzmann, proxy of the training mixture itself).  GREATS is
@@ -15,9 +16,9 @@ from __future__ import annotations
 import sys
 
 from .comparison import Comparison, Method, losses_only
+from .paper_rows import DEVIATIONS
 from .runner import main
 from .scales import Scale
-from .table3 import DEVIATIONS
 
 STD_PROXY = "StdProxy: held-out text of this corpus by its own shares instead of the paper's standard proxy"
 GREATS = ("GREATS: the run's proxy batch stands for its validation data, the learning rate is each weight's live one; "
@@ -60,7 +61,7 @@ TABLE = Comparison(
     deviations=losses_only,
     paper_model="GPT-2 XL",
 )
-runs, write = TABLE.runs, TABLE.write
+runs, write, large_runs = TABLE.runs, TABLE.write, TABLE.large_runs
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write))
+    sys.exit(main(runs, __doc__, write, large_runs))

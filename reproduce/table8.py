@@ -3,6 +3,7 @@
     python -m reproduce.table8 --scale smoke     # about 12 min, 2 CPU cores; checks the pipeline
     python -m reproduce.table8 --scale ci        # under a minute; exercises the code
     python -m reproduce.table8 --dry-run         # prints the runs and stops
+    python -m reproduce.table8 --scale small --dry-run       # on one GPU; --scale paper: the paper's size
 
 The rows of the paper for the arm `paper`, and for `calibrated` those of its knobs that correspond: the buffer,
 and the effective share in place of the temperature (its utility is exact, so there is no width).
@@ -20,9 +21,10 @@ import sys
 from opus_bench.sections import Row, final_loss, step_mean
 
 from .comparison import Comparison, Method, losses_only
+from .paper_rows import DEVIATIONS
+from .paper_settings import GPT2_LARGE
 from .runner import main
 from .scales import Scale
-from .table3 import DEVIATIONS
 
 BUFFER = 64  # the paper's default, here the scale's
 TEMPERATURES = {".8": 0.8, ".9": 0.9, "1.0": 1.0}
@@ -114,8 +116,9 @@ TABLE = Comparison(
     deviations=deviations,
     paper_model="GPT-2 Large",
     seen=seen,
+    settings=(GPT2_LARGE,),
 )
-runs, write = TABLE.runs, TABLE.write
+runs, write, large_runs = TABLE.runs, TABLE.write, TABLE.large_runs
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write))
+    sys.exit(main(runs, __doc__, write, large_runs))

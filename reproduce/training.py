@@ -70,6 +70,7 @@ class Run:
         """All that determines the numbers but data and code, as plain values."""
         settings = dataclasses.asdict(self.config)
         settings["betas"] = list(self.config.betas)
+        settings["domains"] = None if self.config.domains is None else list(self.config.domains)
         settings["window"] = self.config.selector_options.get("window")
         settings["suite_size"], settings["suite_seed"] = self.suite_size, SUITE_SEED
         settings["paper_tasks"] = self.paper_tasks

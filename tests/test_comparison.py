@@ -17,15 +17,16 @@ from test_report import record_of, table_of
 
 from baselines import build_selector
 from opus_bench import results, schema
+from opus_bench.archives import CorpusError
 from opus_bench.schema import RecordError
 from opus_bench.sections import label_of
 from opus_bench.stream import BLOCK, CandidateStream
 from opus_bench.tables import paper_cells
-from reproduce import ablations, table7, table8
+from reproduce import ablations, table4, table7, table8
 from reproduce.comparison import REPORTED, Method
 from reproduce.scales import SCALES
 
-SCRIPTS = (table7, table8, ablations)
+SCRIPTS = (table4, table7, table8, ablations)
 T_975_2 = 0.95 / math.sqrt(2 * 0.975 * 0.025)  # Student's t with 2 degrees of freedom, in closed form
 LOSS = "validation loss on encyclopedia (nat/token)"
 TO_RANDOM = "difference to Random of the same buffer and ratio (nat/token)"
@@ -64,7 +65,8 @@ def test_every_run_has_its_own_id_the_same_tokens_and_no_suite(script, scale):
 
 
 def test_default_optimizers_and_seeds_and_their_options():
-    for script, optimizer, seeds in ((table7, "muon", 3), (table8, "muon", 2), (ablations, "adamw", 2)):
+    for script, optimizer, seeds in ((table4, "muon", 3), (table7, "muon", 3), (table8, "muon", 2),
+                                     (ablations, "adamw", 2)):
         assert {run.config.optimizer for run in script.runs(options())} == {optimizer}
         assert {run.config.seed for run in script.runs(options())} == set(range(seeds))
         both = script.runs(options("ci", optimizers=("adamw", "muon")))
@@ -80,7 +82,7 @@ def test_a_row_differs_from_its_base_in_one_knob(script, scale):
     one_knob = [{"temperature", "effective_share"}, {"redundancy", "utility_scale"}, {"estimator", "sketch_width"}]
     runs = {run.label: run for run in script.runs(options(scale, seeds=1))}
     with_base = [method for method in script.methods(SCALES[scale]) if method.base]
-    assert len(with_base) >= 4
+    assert len(with_base) >= (3 if script is table4 else 4)
     for method in with_base:
         ours, base = plain(runs[method.label]), plain(runs[method.base])
         changed = {key.removeprefix("selector.") for key in ours.keys() | base.keys()
@@ -100,6 +102,34 @@ def test_every_row_has_a_random_row_of_the_same_batches(script, scale):
         assert random.selector == "random"
         for name in ("buffer", "selected_size", "steps", "length", "evaluations", "optimizer", "seed"):
             assert getattr(random, name) == getattr(ours, name), (method.label, name)
+
+
+def test_rows_of_table_4_differ_from_their_base_in_the_part_of_the_pool_and_ids_stay():
+    """Lower and higher part are disjoint and together all domains; a sequence keeps its id in any part."""
+    for scale in ("ci", "smoke"):
+        parts = {run.label: run.config.domains for run in table4.runs(options(scale, seeds=1))}
+        lower, higher = set(parts["Random (tiers 2-4)"]), set(parts["Random (tier 1)"])
+        assert lower | higher == set(SCALES[scale].corpus.domains) and not lower & higher and "encyclopedia" in higher
+        assert {parts[f"OPUS (tiers 2-4) ({arm})"] for arm in ("paper", "calibrated")} == {parts["Random (tiers 2-4)"]}
+
+
+def test_a_part_of_the_pool_gives_only_its_domains_by_their_shares(corpus):
+    only = ("recipes", "foreign")  # shares .2 and .1
+    stream = CandidateStream(corpus, 32, 16, 3, only)
+    whole = {int(i): row for batch in CandidateStream(corpus, 32, 16, 3).pool()
+             for i, row in zip(batch.ids, batch.tokens)}
+    batches = [stream.candidates(step) for step in range(200)]
+    for batch in batches[:10]:
+        assert all(torch.equal(whole[int(i)], row) for i, row in zip(batch.ids, batch.tokens))
+    names = [name for batch in batches for name in batch.domains]
+    assert set(names) == set(only)
+    assert abs(names.count("recipes") / 3200 - 2 / 3) < 5 * math.sqrt(2 / 9 / 3200)
+    assert CandidateStream(corpus, 32, 16, 3, corpus.domains).candidates(0).ids.equal(
+        CandidateStream(corpus, 32, 16, 3).candidates(0).ids)
+    with pytest.raises(CorpusError, match="the corpus has no domain 'news'; known: encyclopedia"):
+        CandidateStream(corpus, 32, 16, 3, ("news",))
+    with pytest.raises(CorpusError, match="no domain is left"):
+        CandidateStream(corpus, 32, 16, 3, ())
 
 
 @pytest.mark.parametrize("script,number", [(table7, "7"), (table8, "8")])
@@ -324,7 +354,8 @@ def test_a_few_real_runs_make_a_page(cache, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("OPUS_BENCH_CACHE", str(cache))
     small = {**SCALES["ci"].run, "length": 32, "proxy_size": 1, "validation_sequences": 2}
     monkeypatch.setitem(SCALES, "ci", dataclasses.replace(SCALES["ci"], corpus=SPEC, run=small, window=16))
-    wanted = {table7: ("Random", "OPUS (paper)", "StdProxy (calibrated)", "GREATS"),
+    wanted = {table4: ("Random (tiers 2-4)", "OPUS (tiers 2-4) (calibrated)", "Random (tier 1)"),
+              table7: ("Random", "OPUS (paper)", "StdProxy (calibrated)", "GREATS"),
               table8: ("Random, b=16", "b=16,t=.9,m=8192 (paper)", "b=64,t=.9,m=8192 (paper)",
                        "b=64,t=1.0,m=8192 (paper)"),
               ablations: ("Random, ratio 0.25", "ratio 0.25 (calibrated)", "redundancy eta^2 (calibrated)",
@@ -345,5 +376,9 @@ def test_a_few_real_runs_make_a_page(cache, corpus, tmp_path, monkeypatch):
         for run in runs:
             run.execute(tmp_path, lambda done: pytest.fail("a run that is done was made again"))
         assert short.write(tmp_path)[0].read_text() == before
+    offered = {record["method"]: set(record["selection"]["offered"])
+               for record in results.load(tmp_path / "runs", "table4")}
+    assert offered == {"Random (tier 1)": {"encyclopedia", "recipes"},
+                       **dict.fromkeys(("Random (tiers 2-4)", "OPUS (tiers 2-4)"), {"foreign", "corrupted"})}
     pairs = [(record["method"], record["selection"]["offered"]) for record in results.load(tmp_path / "runs", "table8")]
     assert all(a == b for (_, a), (_, b) in itertools.combinations(pairs, 2))  # buffers of 2 and 8 saw the same

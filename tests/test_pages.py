@@ -23,7 +23,8 @@ def test_the_last_stage_is_averaged_over_records():
 
 def test_what_has_no_record_is_said_to_be_not_run(tmp_path):
     paths, missing = pages.write(tmp_path)
-    assert [path.name for path in paths] == ["audit.md", "audit.svg"]  # the one page that needs no record
+    assert [path.name for path in paths] == ["audit.md", "audit.svg",  # the one page that needs no record
+                                             "instrument.md", "not_run.md", "index.html"]
     assert len(missing) == len(pages.SCRIPTS) - len(pages.WITHOUT_RECORDS)
     assert "coverage: not run: no record; `python -m reproduce.coverage` makes them" in missing
     assert "table8: not run: no record; `python -m reproduce.table8 --scale smoke` makes them" in missing

@@ -3,6 +3,7 @@
 The corpus is fetched through the package index once and kept in the user's cache.
 """
 
+import argparse
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 from opus_bench.archives import cache_directory
 from opus_bench.corpus_spec import CorpusSpec
 from opus_bench.results import load, outcome
+from reproduce import figure1, figure4, figure7, table5, table6
 
 pytestmark = pytest.mark.network
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +82,36 @@ def test_a_dry_run_prints_the_plan_and_writes_no_record(tmp_path):
     done = run("--results", tmp_path / "new", "--dry-run")
     assert done.returncode == 0 and done.stdout.count("to do") == 9
     assert not list((tmp_path / "new").rglob("*.json")) and not list((tmp_path / "new").rglob("*.md"))
+
+
+def test_views_make_no_run_of_their_own(grid):
+    """Tables 5 and 6 and figures 1, 4 and 7 have the ids of the table's runs; one of them as a user runs it."""
+    folder, ids = grid[0], {r["run_id"] for r in load(grid[0] / "runs")}
+    options = argparse.Namespace(scale="ci", seeds=None, optimizers=None, paper_tasks=False)
+    before = snapshot(folder)
+    for script in (table5, table6, figure1, figure4, figure7):
+        assert {run.run_id for run in script.runs(options)} == ids
+        for path in script.write(folder):
+            assert path.suffix == ".svg" or "Ci scale: checks the pipeline" in path.read_text()
+            path.unlink()
+    done = subprocess.run([sys.executable, "-m", "reproduce.table5", "--scale", "ci", "--results", str(folder)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "9 runs, 9 done" in done.stdout, done.stderr
+    (folder / "tables" / "table5.md").unlink()
+    assert snapshot(folder) == before
+
+
+def test_table_4_at_ci_scale(tmp_path):
+    """A row of the lower part of the pool: what was offered is of that part alone."""
+    done = subprocess.run([sys.executable, "-m", "reproduce.table4", "--scale", "ci", "--results", str(tmp_path),
+                           "--methods", "Random (tiers 2-4)"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (record,) = load(tmp_path / "runs")
+    assert set(record["selection"]["offered"]) == {"foreign", "corrupted"}
+    assert record["data"]["target_domain"] == "encyclopedia" and record["config"]["domains"] == ["foreign", "corrupted"]
+    page = (tmp_path / "tables" / "table4.md").read_text()
+    assert "not run: no record" in page and "GPT-2 XL, FineWeb-Edu (%)" in page
 
 
 METHODS = ["Random", "OPUS (calibrated)"]

@@ -302,10 +302,14 @@ def test_what_is_safe_is_not_taken_for_a_danger():
 
 def test_code_of_a_model_is_trusted_only_where_the_user_says_so():
     """Whoever passes trust_remote_code passes on the user's flag, whose default is no."""
-    passed = set()
+    flag, passed, defaults = "trust_remote_code", set(), set()
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            passed |= {ast.unparse(k.value) for k in ast.walk(tree)
-                       if isinstance(k, ast.keyword) and k.arg == "trust_remote_code"}
-    assert passed == {"settings.trust_remote_code"} and OwnSettings.trust_remote_code is False
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.keyword) and node.arg == flag:
+                    passed.add(ast.unparse(node.value).rpartition(".")[2])
+                if isinstance(node, ast.arguments):
+                    given = [None] * (len(node.args) - len(node.defaults)) + node.defaults + node.kw_defaults
+                    defaults |= {default and ast.unparse(default) for one, default
+                                 in zip(node.args + node.kwonlyargs, given, strict=True) if one.arg == flag}
+    assert passed == {flag} and defaults <= {"False", None} and OwnSettings.trust_remote_code is False

@@ -1,0 +1,124 @@
+"""Figures 5 and 6 of OPUS (arXiv:2602.05400): continued pre-training of Qwen3-8B-Base on SciencePedia.
+
+    python -m reproduce.figure5_6 --scale paper --dry-run    # runs, cost, preparation, what is missing
+    python -m reproduce.figure5_6 --scale paper              # 8 GPUs
+
+Accuracy on OlympicArena and on SciAssess against update tokens, at .5, 1 and 1.5 billion, Random beside OPUS in its
+three arms.  Which other methods the paper's figures hold is not in our sources.  SciencePedia has no public copy that
+we know of: its files go into <data>/text/sciencepedia and held-out ones into <data>/text/validation-sciencepedia.
+
+Not run at the scales ci, smoke and small: there is no text of which a model of their size knows the questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from opus_bench import figures
+from opus_bench.results import load
+from opus_bench.schema import NOT_RUN, RecordError
+from opus_bench.sections import Row, Section, arrange
+from opus_bench.tables import NONE, markdown, mean
+
+from .paper_rows import Line, opus_lines
+from .paper_scale import PaperRun, grid
+from .paper_settings import QWEN3_8B, Setting
+from .runner import main
+from .training import Run
+from .views import optimizer, title_of
+
+EXPERIMENT = "figure5_6"
+TASKS = ("OlympicArena", "SciAssess biology", "SciAssess chemistry", "SciAssess material", "SciAssess medicine")
+
+
+def runs(options: argparse.Namespace) -> list[Run]:
+    """None: raises ValueError, as the module says."""
+    raise ValueError(f"{NOT_RUN}{EXPERIMENT} has no scale {options.scale}; give --scale paper, --dry-run for its plan")
+
+
+def large_runs(options: argparse.Namespace) -> list[PaperRun]:
+    """Random and OPUS on SciencePedia, AdamW and Muon.
+
+    Raises:
+        ValueError: at scale small, whose model knows no science to go on from.
+    """
+    if options.scale == "small":
+        return list(runs(options))
+
+    def lines(setting: Setting) -> list[Line]:
+        return [Line("Random", paper_row="Random", pool="sciencepedia"), *opus_lines(setting, pool="sciencepedia")]
+
+    return grid(EXPERIMENT, "Figures 5 and 6", options, lines, (QWEN3_8B,), ("adamw", "muon"))
+
+
+def accuracy(row: Row, task: str) -> dict[int, list[float]]:
+    """Update tokens -> accuracy of each seed (%)."""
+    found: dict[int, list[float]] = {}
+    for record in row.records.values():
+        for metric in record["metrics"]:
+            if metric["split"] == "suite" and metric["name"] == task:
+                found.setdefault(metric["tokens_seen"], []).append(100 * metric["value"])
+    return dict(sorted(found.items()))
+
+
+def table(section: Section) -> str:
+    """Accuracy by method, task and tokens."""
+    tokens = sorted({at for row in section.rows for task in TASKS for at in accuracy(row, task)})
+    header = ["method", "task", *(f"{at / 1e9:.1f}e9 tokens (%)" for at in tokens)]
+    lines = [[row.label, task, *(mean(accuracy(row, task).get(at, []), 2) for at in tokens)]
+             if accuracy(row, task) else [row.label, task, *[NONE] * len(tokens)]
+             for row in section.rows for task in TASKS]
+    return markdown(header, lines)
+
+
+def draw(section: Section, path: Path) -> Path:
+    """OlympicArena left, the mean of SciAssess's fields right."""
+    def panels(figure, axes) -> None:
+        labels = [row.label for row in section.rows]
+        titles = ("OlympicArena", "SciAssess, mean of its fields")
+        for axis, tasks, title in zip(axes[0], (TASKS[:1], TASKS[1:]), titles, strict=True):
+            for row in section.rows:
+                by_task = [accuracy(row, task) for task in tasks]
+                shared = sorted(set.intersection(*map(set, by_task)))
+                if shared:
+                    values = [np.mean([math.fsum(one[at]) / len(one[at]) for one in by_task]) for at in shared]
+                    axis.plot(shared, values, marker="o", label=row.label, **figures.look_of(row.label, labels))
+            axis.set_title(title)
+            axis.set_xlabel("update tokens")
+            if axis.lines:
+                axis.legend(frameon=False, fontsize=8)
+        axes[0, 0].set_ylabel("accuracy (%)")
+
+    return figures.draw_panels(path, f"Continued pre-training, {optimizer(section)} ({title_of(section.scale)})",
+                               "Mean over seeds.", panels, columns=2, size=(9.0, 3.6))
+
+
+def write(results_dir: Path) -> list[Path]:
+    """The page and a figure for each optimizer, from the records alone.
+
+    Raises:
+        RecordError: no records.
+    """
+    sections = arrange(load(Path(results_dir) / "runs", EXPERIMENT))
+    if not sections:
+        raise RecordError(f"{Path(results_dir) / 'runs'}: no records of {EXPERIMENT}; `python -m "
+                          f"reproduce.{EXPERIMENT} --scale paper --dry-run` says what it takes to make them")
+    parts, drawn = [f"# Figures 5 and 6 of arXiv:2602.05400: continued pre-training of {QWEN3_8B.title}"], []
+    for section in sections:
+        path = Path(results_dir) / "figures" / f"{EXPERIMENT}_{section.scale}_{section.optimizer}.svg"
+        drawn.append(draw(section, path))
+        parts += [f"## {optimizer(section)}, {section.scale} scale", f"![accuracy](../figures/{path.name})",
+                  table(section)]
+    path = Path(results_dir) / "tables" / f"{EXPERIMENT}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8", newline="\n")
+    return [path, *drawn]
+
+
+if __name__ == "__main__":
+    sys.exit(main(runs, __doc__, write, large_runs))
