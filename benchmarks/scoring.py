@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opus_bench import provenance, results, schema
+from opus_bench import hashing, provenance, results, schema
 from opus_bench.corpus import Corpus, build_corpus
 from opus_bench.corpus_spec import CorpusSpec
 from opus_bench.gradients import mean_gradient
@@ -234,7 +234,7 @@ def code_version() -> str:
     """Version of the core and of the benchmark's files but for the page's."""
     inside = [f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.py"))
               if path.stem not in ("__init__", "frontier")]
-    return schema.text_sha256(f"{provenance.code_version()} {provenance.sources_sha256(ROOT, inside)}")
+    return hashing.text_sha256(f"{provenance.code_version()} {provenance.sources_sha256(ROOT, inside)}")
 
 
 def write(results_dir: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opus_bench import provenance, results, schema
+from opus_bench import hashing, provenance, results, schema
 from opus_bench.archives import file_sha256
 from opus_bench.evaluate_command import OFFLINE, EvaluationSettings
 from opus_bench.paper_tasks import SUITES
@@ -148,8 +148,8 @@ def _identity(settings: EvaluationSettings, model: Any, tokenizer: Any, suite: A
         path.name: file_sha256(path) for path in sorted(Path(settings.data).iterdir()) if path.is_file()}
     tasks = [suite.sha256] if suite else [[task.name, *task.lm_eval] for task in SUITES[settings.suite]]
     spec = [tasks, files, provenance.environment()["lm_eval"]]
-    tokens = schema.text_sha256(tokenizer.backend_tokenizer.to_str())
-    data = {"spec_sha256": schema.text_sha256(schema.canonical([*spec, tokens])), "train_sha256": None,
+    tokens = hashing.text_sha256(tokenizer.backend_tokenizer.to_str())
+    data = {"spec_sha256": hashing.text_sha256(hashing.canonical([*spec, tokens])), "train_sha256": None,
             "proxy_sha256": None, "tokenizer_sha256": tokens, "suite_sha256": suite.sha256 if suite else None,
             "selected_sha256": None, "target_domain": "none"}
     return schema.run_id("evaluate", config, data["spec_sha256"], provenance.code_version()), config, data

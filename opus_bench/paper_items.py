@@ -16,7 +16,6 @@ from typing import Any
 from opus_bench.archives import file_sha256
 from opus_bench.evaluate import TEMPLATES
 from opus_bench.paper_tasks import SUITES, PaperTask
-from opus_bench.schema import NOT_RUN
 
 FOLDERS = ("mmlu/continuation", "anli", "hellaswag", "piqa", "siqa", "winogrande", "super_glue/wsc", "bbh/fewshot")
 """Where lm-eval keeps the stock tasks of `paper_tasks`; reading all of its folders would take long."""
@@ -29,7 +28,7 @@ class CannotLoad(ValueError):
 
     def __init__(self, status: str, reason: str):
         super().__init__(reason)
-        self.status = f"{NOT_RUN}{status}"
+        self.status = f"not run: {status}"  # as schema.NOT_RUN, which a record is checked for
 
 
 class Loader:

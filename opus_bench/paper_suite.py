@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opus_bench.evaluate import loglikelihoods, quiet, run_tasks, undisturbed
+from opus_bench.hashing import canonical, text_sha256
 from opus_bench.paper_items import CannotLoad, Loader, count_note, describe, first_line, gold_option
 from opus_bench.paper_tasks import PAPER_TASKS, PaperTask
-from opus_bench.schema import canonical, text_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -19,13 +19,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from opus_bench.schema import RecordError, text_sha256
+from opus_bench.hashing import text_sha256
+from opus_bench.schema import RecordError
 
 ROOT = Path(__file__).resolve().parent.parent
 UNHASHED = frozenset(
     {"schema", "provenance", "results", "statistics", "significance", "sections", "tables", "figures", "report"}
     | {"figure_values", "site", "site_pages", "site_figures", "site_summary"}
     | {"cli", "doctor", "evaluate_command", "model_evaluation", "samples"}
+    | {"pool_commands", "proxy_command", "score"}
 )
 """Modules that make no number of a record: they check, store and read records, or print beside them."""
 

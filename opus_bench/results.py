@@ -13,7 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from opus_bench.schema import FIELDS, WRITTEN, RecordError, canonical, check_fields, text_sha256, validate
+from opus_bench.hashing import canonical, text_sha256
+from opus_bench.schema import FIELDS, WRITTEN, RecordError, check_fields, validate
 
 
 def outcome(record: dict) -> dict:

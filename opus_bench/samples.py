@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from opus_bench.schema import RecordError, canonical, text_sha256
+from opus_bench.hashing import canonical, text_sha256
+from opus_bench.schema import RecordError
 
 MEND = "delete it to evaluate this task again"
 

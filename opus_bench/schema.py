@@ -11,12 +11,12 @@ Keys of a record (FIELDS has the types; keys may be added inside a block, not at
 """
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from opus_bench.hashing import canonical, text_sha256
 
 SCHEMA = 1
 ARXIV = "2602.05400"
@@ -26,16 +26,6 @@ NOT_RUN = "not run: "
 
 class RecordError(ValueError):
     """A run record that is malformed, damaged or in the way; names the file, the key and the value."""
-
-
-def canonical(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN; what every hash here is taken of."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def text_sha256(text: str) -> str:
-    """sha256 of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_id(experiment: str, config: dict, data_spec_sha256: str, code: str) -> str:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from opus_bench.schema import canonical
+from opus_bench.hashing import canonical
 
 # Order of the rows: label pattern and the row of the paper it stands beside (its PPL is the highest-loss one).
 METHODS = (

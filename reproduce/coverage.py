@@ -20,7 +20,7 @@ import numpy as np
 import scipy
 from tqdm import tqdm
 
-from opus_bench import provenance, results, schema
+from opus_bench import hashing, provenance, results, schema
 from opus_bench.schema import RecordError
 from opus_bench.significance import (
     ALPHA,
@@ -91,7 +91,7 @@ def measured(cell: Cell, trials: int) -> float:
 def record_of(trials: int, rows: list[dict], wall_s: float) -> dict:
     """The run record."""
     config = {"selector": "none", "optimizer": "none", "seed": SEED, "trials": trials, "resamples": RESAMPLES}
-    version, data = provenance.sources_sha256(ROOT, SOURCES), schema.text_sha256("synthetic")
+    version, data = provenance.sources_sha256(ROOT, SOURCES), hashing.text_sha256("synthetic")
     return {
         "schema": schema.SCHEMA, "run_id": schema.run_id(EXPERIMENT, config, data, version), "experiment": EXPERIMENT,
         "scale": "synthetic", "arm": None, "method": "intervals and tests",

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opus_bench import provenance, results, schema
+from opus_bench import hashing, provenance, results, schema
 from opus_bench.corpus import Corpus, build_corpus
 from opus_bench.schema import RecordError
 from opus_bench.tables import markdown
@@ -207,7 +207,7 @@ def newest(records: Sequence[dict]) -> list[dict]:
     sets: dict[tuple[str, str], dict[tuple[str, str], list[dict]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         config = {key: value for key, value in record["config"].items() if key != "seed"}
-        made_by = (record["code"]["version"], schema.canonical(config))
+        made_by = (record["code"]["version"], hashing.canonical(config))
         sets[record["scale"], config["optimizer"]][made_by].append(record)
     kept = set()
     for group in sets.values():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opus_bench import provenance, results, schema
+from opus_bench import hashing, provenance, results, schema
 
 from . import paper_commands as commands
 from .paper_rows import Line
@@ -97,7 +97,7 @@ class PaperRun:
         """Hash of how its text is made; the hashes of the text itself are in its record."""
         pool = {"source": self.pool.source, "subset": self.pool.subset, "tokens": self.pool.tokens,
                 "buckets": list(self.pool.buckets), "static": self.pool.static, "tokenizer": self.setting.tokenizer}
-        return schema.text_sha256(schema.canonical({"pool": pool, "proxy": [self.proxy, PROXY_TOKENS]}))
+        return hashing.text_sha256(hashing.canonical({"pool": pool, "proxy": [self.proxy, PROXY_TOKENS]}))
 
     @property
     def run_id(self) -> str:

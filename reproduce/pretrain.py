@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from baselines import build_selector
-from opus_bench import provenance, results, schema
+from opus_bench import hashing, provenance, results, schema
 from opus_bench.distributed import World
 from opus_bench.model import SIZES, OpusGPT2, OpusGPT2Config
 from opus_bench.pool import ShardPool
@@ -118,7 +118,7 @@ def record_of(
 
 
 def data_sha256(pools: dict[str, Any]) -> str:
-    return schema.text_sha256(schema.canonical({name: pool.sha256 for name, pool in pools.items()}))
+    return hashing.text_sha256(hashing.canonical({name: pool.sha256 for name, pool in pools.items()}))
 
 
 def open_pools(options: argparse.Namespace, verify: bool) -> dict[str, Any]:

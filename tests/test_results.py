@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opus_bench import provenance, results, schema
+from opus_bench import hashing, provenance, results, schema
 from opus_bench.schema import RecordError
 
 SHA = "ab" * 32
@@ -253,7 +253,7 @@ def test_load_filters_and_sorts(tmp_path):
 
 
 def code_of(method):
-    return {"version": schema.text_sha256(method), "commit": None, "dirty": None}
+    return {"version": hashing.text_sha256(method), "commit": None, "dirty": None}
 
 
 def test_done_is_the_existence_of_the_record(tmp_path):

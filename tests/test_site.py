@@ -281,9 +281,10 @@ def test_the_replay_command_is_one_that_makes_the_run(records, parsed, monkeypat
             continue
         if command not in choices:
             monkeypatch.setattr("sys.argv", [module, *options])
-            parsed_options = runner.arguments("")
+            script = importlib.import_module(module)
+            parsed_options = runner.arguments("", large=hasattr(script, "large_runs"))
             assert isinstance(parsed_options, argparse.Namespace) and parsed_options.results == Path("replay")
-            made = runner.choose(importlib.import_module(module).runs(parsed_options), parsed_options)
+            made = runner.choose(script.runs(parsed_options), parsed_options)
             choices[command] = {(job.label, job.config.optimizer, job.config.seed) for job in made}
         assert (label_of(record), record["config"]["optimizer"], record["config"]["seed"]) in choices[command], command
 
