@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 SIZES = {  # name: (layers, width, heads, context); large and xl as in the paper
     "ci": (2, 64, 2, 128),
     "tiny": (4, 96, 3, 512),
+    "mini": (6, 128, 4, 512),
     "gpt2": (12, 768, 12, 8192),
     "gpt2-large": (36, 1280, 20, 32768),
     "gpt2-xl": (48, 1600, 25, 8192),

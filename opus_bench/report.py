@@ -19,11 +19,13 @@ import numpy as np
 from opus_bench import figures, tables
 from opus_bench.results import load
 from opus_bench.schema import RecordError
-from opus_bench.sections import Row, Section, arrange, domain_share, loss_curve
+from opus_bench.sections import Row, Section, arrange, domain_share, final_loss, loss_curve
 from opus_bench.tables import HOLM_MARK, MARK, NONE, PAPER_CORPUS
 
 PIPELINE_SCALES = ("smoke", "ci")
 MARKERS = ("<!-- results -->", "<!-- end of results -->")
+HEADLINE_MARKERS = ("<!-- headline -->", "<!-- end of headline -->")
+SIZES = ("ci", "smoke", "cpu", "small", "paper")  # scales by size
 EXACTNESS_MARKERS = ("<!-- exactness -->", "<!-- end of exactness -->")
 WIDTH = 8192  # buckets of the paper's sketch
 
@@ -50,21 +52,49 @@ def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = 
     readme = results_dir.absolute().parent / "README.md"
     if readme.exists() and MARKERS[0] in readme.read_text(encoding="utf-8"):
         update_readme(readme, MARKERS, readme_block(sections, experiment, reported))
+        update_readme(readme, HEADLINE_MARKERS, headline(sections, experiment))
         update_readme(readme, EXACTNESS_MARKERS, exactness_block(results_dir))
         drawn.append(readme)
     return [table, *drawn]
 
 
+def largest(sections: Sequence[Section]) -> list[Section]:
+    """The sections of the largest scale that has records."""
+    scale = max((section.scale for section in sections), key=SIZES.index)
+    return [section for section in sections if section.scale == scale]
+
+
+def headline(sections: Sequence[Section], experiment: str) -> str:
+    """One measured sentence: OPUS's arms beside Random at the largest scale, with intervals and what they rest on."""
+    chosen = largest(sections)
+    found: dict[str, list[str]] = defaultdict(list)
+    for section in chosen:
+        for row in section.rows:
+            if section.base and row.label.startswith("OPUS"):
+                gap = tables.difference(row, section.base, final_loss, 3)
+                found[row.label].append(f"{gap} under {figures.title_of(section.key)}")
+    record = chosen[0].records[0]
+    tokens = max(row["tokens_seen"] for row in record["metrics"])
+    seeds = " or ".join(str(n) for n in sorted({len(row.records) for section in chosen for row in section.rows}))
+    worth = "; this scale checks the pipeline" if record["scale"] in PIPELINE_SCALES else ""
+    said = "; ".join(f"{label} {' and '.join(gaps)}" for label, gaps in found.items())
+    return (f"**Final loss on {record['data']['target_domain']} minus that of Random, nat/token: {said or NONE}** "
+            f"({record['scale']} scale, model {record['config']['model']}, {tokens:,} update tokens, n = {seeds} paired "
+            f"seeds, 95 % intervals, `{MARK}` excludes no difference; "
+            f"`python -m reproduce.{experiment} --scale {record['scale']}`{worth}).")
+
+
 def readme_block(sections: list[Section], experiment: str, reported: dict) -> str:
-    """The README's result tables, one for each section."""
+    """The README's result tables, one for each section; the largest scale first."""
     parts = []
-    for section in sections:
+    for section in sorted(sections, key=lambda section: -SIZES.index(section.scale)):
         seeds = max(len(row.records) for row in section.rows)
         name = figures.title_of(section.key)
+        worth = "; checks the pipeline, not the paper's claim" if section.scale in PIPELINE_SCALES else ""
         parts += [
             (
                 f"**{name}, {section.scale} scale, n = {seeds} seeds.** Made by `python -m reproduce.{experiment} --scale "
-                f"{section.scale} --optimizers {section.optimizer}`; checks the pipeline, not the paper's claim."
+                f"{section.scale} --optimizers {section.optimizer}`{worth}."
             ),
             tables.brief(section, reported),
         ]

@@ -23,6 +23,7 @@ from opus_bench.tables import FOREIGN, difference, markdown, mean
 
 from . import table3
 from .runner import main
+from .scales import SCALES
 from .views import optimizer, page, title_of
 
 SHARES = (0.25, 0.5, 1.0)
@@ -105,4 +106,4 @@ def write(results_dir: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write, large_runs))
+    sys.exit(main(runs, __doc__, write, large_runs, tuple(SCALES)))

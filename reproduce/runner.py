@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 from opus_bench import results
 from opus_bench.checkpoint import remove_checkpoints
 from opus_bench.corpus import Corpus, build_corpus
+from opus_bench.report import PIPELINE_SCALES
 from opus_bench.train import RunConfig
 
 from . import paper_launch
@@ -57,17 +58,17 @@ class Job(Protocol):
         """Make the record, or return it if it is there."""
 
 
-def arguments(description: str, large: bool) -> argparse.Namespace:
-    """The options that every script has; ``large``: those of the scales on GPUs too."""
+def arguments(description: str, large: bool, scales: Sequence[str] = PIPELINE_SCALES) -> argparse.Namespace:
+    """The options that every script has; ``scales``: its own on CPUs; ``large``: those on GPUs too."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=[*SCALES, *(GPU_SCALES if large else ())], default="smoke",
+    parser.add_argument("--scale", choices=[*scales, *(GPU_SCALES if large else ())], default="smoke",
                         help="size of the runs (default: smoke); how long each takes is said above" +
                              (", and for small (one GPU) and paper by --dry-run" if large else ""))
     parser.add_argument("--results", type=Path, default=None,
                         help="folder for records, tables and figures "
-                             "(default: results, or results/<scale> for other scales than smoke)")
+                             "(default: results for smoke and cpu, results/<scale> for the others)")
     parser.add_argument("--seeds", type=int, default=None, help="number of seeds (default: the script's for the scale)")
     parser.add_argument("--methods", nargs="+", default=None, metavar="NAME",
                         help="only these rows of a table of methods (default: all)")
@@ -86,7 +87,7 @@ def arguments(description: str, large: bool) -> argparse.Namespace:
     if options.seeds is not None and options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     if options.results is None:
-        options.results = ROOT / "results" if options.scale == "smoke" else ROOT / "results" / options.scale
+        options.results = ROOT / "results" / ("" if options.scale in ("smoke", "cpu") else options.scale)
     return options
 
 
@@ -106,13 +107,15 @@ Write = Callable[[Path], Sequence[Path]]
 
 
 def main(make_runs: Callable[[argparse.Namespace], Sequence[Job]], description: str, write: Write,
-         large_runs: Callable[[argparse.Namespace], Sequence[PaperRun]] | None = None) -> int:
+         large_runs: Callable[[argparse.Namespace], Sequence[PaperRun]] | None = None,
+         scales: Sequence[str] = PIPELINE_SCALES) -> int:
     """Entry point of a script: exit code 0, 2 after one line about bad input, 130 on ctrl-C.
 
     ``write`` turns a results folder into the script's tables and figures and returns their paths; ``large_runs``
-    makes the runs of the scales small and paper, which a script without it does not have.
+    makes the runs of the scales small and paper, which a script without it does not have; ``scales`` are those that it
+    has on CPUs.
     """
-    options = arguments(description, large_runs is not None)
+    options = arguments(description, large_runs is not None, scales)
     try:
         if options.scale in GPU_SCALES:
             assert large_runs is not None

@@ -1,6 +1,7 @@
 """Table 3 of OPUS (arXiv:2602.05400): pre-training GPT-2 from scratch on a mixed pool.
 
     python -m reproduce.table3 --scale smoke     # about 17 min, 2 CPU cores; checks the pipeline
+    python -m reproduce.table3 --scale cpu       # five seeds of a larger model: some hours, 2 CPU cores
     python -m reproduce.table3 --scale ci        # under a minute; exercises the code
     python -m reproduce.table3 --dry-run         # prints the runs and stops
     python -m reproduce.table3 --scale paper --dry-run    # GPT-2 Large and XL on FineWeb: runs, cost, what is missing
@@ -70,4 +71,4 @@ def write(results_dir: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write, large_runs))
+    sys.exit(main(runs, __doc__, write, large_runs, tuple(SCALES)))

@@ -22,6 +22,7 @@ from . import table3
 from .paper_scale import PaperRun
 from .paper_settings import GPT2_XL
 from .runner import main
+from .scales import SCALES
 from .views import cells, ours_and_papers, page, status
 
 TASKS = ("BBH", "RACE-M", "RACE-H", "AX-b", "AX-g", "StoryCloze")
@@ -78,4 +79,4 @@ def write(results_dir: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write, large_runs))
+    sys.exit(main(runs, __doc__, write, large_runs, tuple(SCALES)))

@@ -24,6 +24,7 @@ from .paper_rows import Line, compared_lines, opus_lines
 from .paper_scale import PaperRun, grid
 from .paper_settings import EDU, GPT2_LARGE, GPT2_XL, Setting
 from .runner import main
+from .scales import SCALES
 from .views import ours_and_papers, page
 
 DOMAINS = ("Health", "Business", "Politics", "Education", "History", "Lifestyle", "Science", "Arts&Lit",
@@ -84,4 +85,4 @@ def write(results_dir: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write, large_runs))
+    sys.exit(main(runs, __doc__, write, large_runs, tuple(SCALES)))

@@ -408,6 +408,30 @@ def test_scales_are_kept_apart(tmp_path):
     assert len(paths) == 7 and "table3_small_loss.svg" in page
 
 
+def test_the_headline_is_of_the_largest_scale_with_its_differences(tmp_path):
+    methods = ["Random", "OPUS paper", "OPUS calibrated"]
+    written(tmp_path, grid(optimizers=("adamw", "muon"), methods=methods))
+    written(tmp_path, grid((0, 1, 2, 3, 4), methods=methods, scale="cpu", code="1" * 64))
+    found = sections.arrange(results.load(tmp_path / "runs"))
+    text = report.headline(found, "table3")
+    (cpu,) = (section for section in found if section.scale == "cpu")
+    for row in cpu.rows[1:]:
+        assert f"{row.label} {tables.difference(row, cpu.base, sections.final_loss, 3)} under AdamW" in text
+    assert "Muon" not in text and "n = 5 paired seeds" in text and "checks the pipeline" not in text
+    assert "(cpu scale, model tiny, 1,000,000 update tokens" in text and "table3 --scale cpu`" in text
+    text = report.headline([section for section in found if section.scale == "smoke"], "table3")
+    assert text.count(" under Muon") == 2 and "n = 3 paired seeds" in text and "checks the pipeline" in text
+
+
+def test_the_readme_shows_the_largest_scale_first_and_says_what_each_is_worth(tmp_path):
+    written(tmp_path, grid((0,), methods=["Random"]))
+    written(tmp_path, grid((0,), methods=["Random"], scale="cpu", code="1" * 64))
+    found = sections.arrange(results.load(tmp_path / "runs"))
+    cpu, smoke = report.readme_block(found, "table3", tables.paper_cells(REPORTED)).split("**AdamW, ")[1:]
+    assert cpu.startswith("cpu scale") and "checks the pipeline" not in cpu
+    assert smoke.startswith("smoke scale") and "checks the pipeline" in smoke
+
+
 def test_no_records_is_an_error_with_the_command(tmp_path):
     with pytest.raises(RecordError, match="python -m reproduce.table3 --scale smoke"):
         report.report(tmp_path, REPORTED)
