@@ -1,6 +1,6 @@
 # make reproduce   the smoke grid of Table 3: real text in, table and figures out
 # make test        the tests
-# make mutants     does a test fail for each of a list of wrong edits?  About 12 minutes
+# make mutants     does a test fail for each of a list of wrong edits?  About 25 minutes
 # make report      tables and figures again, from the records alone
 PYTHON ?= python3
 VENV ?= .venv

@@ -82,7 +82,7 @@ def test_the_examples_of_the_readme_run():
 
 
 def test_the_results_in_the_readme_are_those_of_the_records():
-    from opus_bench.report import EXACTNESS_MARKERS, MARKERS, exactness_block, readme_block
+    from opus_bench.report import EXACTNESS_MARKERS, HEADLINE_MARKERS, MARKERS, exactness_block, headline, readme_block
     from opus_bench.results import load
     from opus_bench.sections import arrange
     from opus_bench.tables import paper_cells
@@ -90,6 +90,8 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     sections = arrange(load(ROOT / "results" / "runs", "table3"))
     block = readme_block(sections, "table3", paper_cells(ROOT / "reproduce" / "reported.csv"))
     assert readme().split(MARKERS[0])[1].split(MARKERS[1])[0] == f"\n{block}\n" and "OPUS (calibrated)" in block
+    start, end = HEADLINE_MARKERS
+    assert readme().split(start)[1].split(end)[0] == f"\n{headline(sections, 'table3')}\n"
     start, end = EXACTNESS_MARKERS
     assert readme().split(start)[1].split(end)[0] == f"\n{exactness_block(ROOT / 'results')}\n"
 
