@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from opus_bench import sampling
+from opus_bench.distributed import World, shared_mean_gradient
+from opus_bench.ghost import full
 from opus_bench.gradients import capture, mean_gradient
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.preconditioner import Preconditioner, owners
@@ -43,6 +45,8 @@ class Greats:
     layers: see layers.layer_names; by default all linear layers of the blocks.
     learning_rate: eta of every weight; None: of each weight the live rate of its optimizer group.
     proxy_every: steps that a proxy gradient serves, at least 1.
+    world: the processes, where the model is spread over several: each computes the proxy gradient on its share of
+        the proxy batch.  Every process scores all candidates: the Gram matrix is not shared.
 
     Exactness: utilities are exact up to rounding in the model's dtype.
     Cost: one forward and backward-to-activations of the candidates and a full one of the proxy, over
@@ -53,6 +57,7 @@ class Greats:
     layers: str | Sequence[str] = "blocks"
     learning_rate: float | None = None
     proxy_every: int = 1
+    world: World | None = None
     _proxy_gradient: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -88,10 +93,12 @@ class Greats:
         eta = {k: float(one.group["lr"]) if self.learning_rate is None else self.learning_rate
                for k, one in owned.items()}
         if self._proxy_gradient is None or state.step % self.proxy_every == 0:
-            self._proxy_gradient, _ = mean_gradient(state.model, proxy, names)
+            self._proxy_gradient = (mean_gradient(state.model, proxy, names)[0] if self.world is None else
+                                    shared_mean_gradient(state.model, proxy, names, self.world))
         gradients = capture(state.model, as_sequences(candidates).window(self.window), names)
         identity = {k: Preconditioner() for k in eta}
-        return exact_utility(gradients, self._proxy_gradient, identity, eta, {k: e**2 for k, e in eta.items()})
+        whole = {k: full(g) for k, g in self._proxy_gradient.items()}
+        return exact_utility(gradients, whole, identity, eta, {k: e**2 for k, e in eta.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"proxy_gradient": self._proxy_gradient}

@@ -135,11 +135,14 @@ def pretrain(
     folder: Path | None = None,
     validation: Pool | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    keep: Callable[[int], None] | None = None,
 ) -> SharedProgress:
     """Train the model in place to the end of the config, from the checkpoint in ``folder`` if there is one.
 
     All processes call this together with the same arguments and the same initial weights; the model is spread over
     them (``distributed.parallelize``).  ``on_step`` gets the number of steps done and the step's loss (nat/token).
+    ``keep`` gets the number of steps done before that step's checkpoint is written: what it leaves of a step is
+    there whenever a run goes on after that step.
 
     Raises:
         ValueError: for a selection that the processes cannot share, and for a checkpoint of other settings.
@@ -186,6 +189,8 @@ def pretrain(
         if progress.step % config.validation_every == 0 or progress.step == config.steps:
             progress.note_loss(config, "train", loss)
             evaluate()
+        if keep is not None:
+            keep(progress.step)
         if folder is not None and (progress.step % config.checkpoint_every == 0 or progress.step == config.steps):
             gather_notes(progress, selector, world)
             write(folder, progress.step, model, optimizers, selector, vars(progress) | {"config": identity}, world)

@@ -153,6 +153,9 @@ class Opus:
         if self.preconditioner == "adjoint" and self.estimator != "exact":
             raise ValueError("preconditioner='adjoint' needs estimator='exact': no update per candidate is formed "
                              "that could be sketched")
+        if self.sampling == "boltzmann" and (self.temperature is None) == (self.effective_share is None):
+            raise ValueError("give exactly one of temperature and effective_share and set the other to None, got "
+                             f"{self.temperature} and {self.effective_share}")
         if self.temperature is not None:
             sampling.check_temperature(self.temperature)
         if self.effective_share is not None:

@@ -106,4 +106,4 @@ def write(results_dir: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(runs, __doc__, write, large_runs, tuple(SCALES)))
+    sys.exit(main(runs, __doc__, write, large_runs, scales=tuple(SCALES)))

@@ -25,9 +25,12 @@ from .paper_cost import Rates, disk, memory_per_gpu, size
 from .paper_scale import PaperRun
 from .paper_settings import ENCODER, REPOSITORIES, SCORERS
 
+
 def examine(runs: Sequence[PaperRun], data: Path, results_dir: Path, rates: Rates) -> list[Check]:
     """Every check of the runs that are not done."""
     scale = runs[0].scale
+    if all(run.setting.made_here for run in runs):  # on the CPU, without a hub
+        return [_disk(scale, runs, data), *_programs(scale, runs)]
     checks = [_gpus(scale, runs, rates), _disk(scale, runs, data), *_programs(scale, runs)]
     checks += _texts(scale, runs, data)
     if not all(run.setting.from_hub for run in runs):

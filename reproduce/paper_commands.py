@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .paper_settings import ENCODER, PROXY_TOKENS, REPOSITORIES, Pool
+from .paper_settings import ENCODER, REPOSITORIES, Pool
 
 PRETRAIN = "reproduce.pretrain"  # run by torchrun; leaves a record in <--results>/runs and the model in --save
 PRETRAIN_OPTIONS = "reproduce.pretrain_plan"  # whose parser(description) has its options
@@ -80,12 +80,24 @@ def shards(source: str, place: Path | None, out: Path, tokens: int, tokenizer: s
     return Step(f"{tokens:,} tokens of {source}", command, out / "manifest.json")
 
 
-def proxy(kind: str, text: Path, out: Path, tasks: tuple[str, ...]) -> Step:
+def stand_ins(data: Path) -> Step:
+    """Model, text and items of the scale ci."""
+    command = [sys.executable, "-m", "reproduce.stand_ins", "--out", str(data)]
+    return Step("a model, text and items that stand for the real ones", command, data / "items-words" / "done.json")
+
+
+def place_of(name: str, made_here: bool, data: Path) -> str:
+    """A model or tokenizer as commands take it: by name, or the folder of one that is made here."""
+    return str(data / "models" / name) if made_here else name
+
+
+def proxy(kind: str, text: Path, out: Path, tokens: int, tokenizer: str, tasks: tuple[str, ...]) -> Step:
     """The documents most like benchmark items (bench), or a uniform sample (standard)."""
-    command = [*BENCH, "proxy", "--pool", str(text), "--kind", kind, "--tokens", str(PROXY_TOKENS), "--out", str(out)]
+    command = [*BENCH, "proxy", "--pool", str(text), "--kind", kind, "--tokens", str(tokens),
+               "--tokenizer", tokenizer, "--out", str(out)]
     if kind == "bench":
         command += ["--tasks", *tasks, "--encoder", ENCODER.name]
-    return Step(f"{kind} proxy of {PROXY_TOKENS:,} tokens", command, out / "chosen.jsonl")
+    return Step(f"{kind} proxy of {tokens:,} tokens", command, out / "chosen.jsonl")
 
 
 def score(scorer: str, text: Path, tokens: int, out: Path, target: Path) -> Step:
@@ -127,8 +139,7 @@ def pretrain(preset: str, fields: dict[str, Any], selector: str, options: dict[s
         command += ["--sketch-width", str(rest.pop("sketch_width"))]
     elif rest.get("estimator") != "sketch":
         rest.pop("sketch_width", None)  # of no use to an exact estimator
-    if "window" in options:
-        command += ["--window", str(options["window"])]
+    command += ["--window", str(fields["proxy_length"])]  # of candidates too
     if rest:
         command += ["--selector-options", json.dumps(rest)]
     for name in (*FLAGS, "save_every"):
@@ -156,6 +167,7 @@ def domain_loss(model: Path, tokenizer: str, length: int, data: Path, out: Path)
             "--text", str(data / DOMAIN_TEXTS), "--length", str(length), "--out", str(out)]
 
 
-def evaluate(suite: str, model: Path, tokenizer: str, out: Path) -> list[str]:
-    """A suite on a finished run's model; its record goes to the folder ``out``."""
-    return [*BENCH, "evaluate", "--model", str(model), "--tokenizer", tokenizer, "--suite", suite, "--output", str(out)]
+def evaluate(suite: str, model: Path, tokenizer: str, out: Path, items: Path | None) -> list[str]:
+    """A suite on a finished run's model; its record goes to the folder ``out``.  ``items``: None for the hub's."""
+    command = [*BENCH, "evaluate", "--model", str(model), "--tokenizer", tokenizer, "--suite", suite]
+    return command + (["--data", str(items)] if items is not None else []) + ["--output", str(out)]

@@ -13,8 +13,10 @@ from .paper_checks import check_lines, examine
 from .paper_commands import shown
 from .paper_cost import H100, UTILISATION, Rates, cost_lines
 from .paper_scale import PaperRun, call, preparation
+from .scales import SCALES
 
 NOTES = {
+    "ci": SCALES["ci"].note,
     "small": "small scale: GPT-2 of 124 M parameters on one GPU; a trend at best, not the paper's claim.",
     "paper": "paper scale: the paper's models and tokens; deviations that its text leaves open are in every record.",
 }
@@ -50,15 +52,16 @@ def launch(runs: list[PaperRun], options: argparse.Namespace, write: Callable[[P
     print(NOTES[options.scale])
     print("\n".join(plan_lines(runs, done)))
     if todo:
-        print("Of the runs to do:")
-        print("\n".join(cost_lines(todo, rates)))
+        if not todo[0].setting.made_here:
+            print("Of the runs to do:")
+            print("\n".join(cost_lines(todo, rates)))
         print("Preparation, in this order; what is there already is left as it is")
         print("\n".join(f"  {'done ' if step.made.exists() else 'to do'}  {step}" for step in steps))
         print("Training, then evaluation, of each run")
         for run in todo:
             by_domain = run.domain_loss(options.data, options.results)
             commands = [run.command(options.data, options.results, gpus), *([by_domain] if by_domain else []),
-                        *run.evaluations(options.results).values()]
+                        *run.evaluations(options.data, options.results).values()]
             print("\n".join(f"  {run.run_id}  {shown(command)}" for command in commands))
         checks = examine(todo, options.data, options.results, rates)
         missing = [check for check in checks if check.required and check.state != "ok"]

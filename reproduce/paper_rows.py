@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .paper_settings import SCORERS, Setting
+from .presets import METHODS
 
 ARMS = ("paper", "released", "calibrated")
 DEVIATIONS = {
-    "released": ("selects every optimizer step; the released code once per rho N steps",),
-    "calibrated": ("proxy four times as large, drawn every 8 steps instead of every step; all weights scored",),
-    "perplexity": ("loss of the score window instead of the whole sequence",),
-    "greats": ("greedy choice on the proxy batch and the score window of OPUS instead of validation data of its own",),
+    **{name: METHODS[method].deviations for name, method in (
+        ("released", "opus-released"), ("calibrated", "opus-calibrated"), ("perplexity", "ppl-high"),
+        ("greats", "greats"))},
     "static": ("the scorer keeps the best documents of the whole pool, as many tokens as are trained on; the paper's "
                "share is not known",),
     "quality": ("classifier trained here on the proxy split instead of DCLM's published fastText model",),

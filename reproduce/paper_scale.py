@@ -22,8 +22,7 @@ from opus_bench import hashing, provenance, results, schema
 
 from . import paper_commands as commands
 from .paper_rows import Line
-from .paper_settings import (GPT2, POOLS, PROXY_TOKENS, REPOSITORIES, SCORERS, SMALL_POOLS, Pool, Setting,
-                             static_pool)
+from .paper_settings import GPT2, POOLS_OF, PROXY_TOKENS, REPOSITORIES, SCORERS, Pool, Setting, static_pool
 from .training import locked
 
 GPU_SCALES = ("small", "paper")
@@ -59,8 +58,9 @@ class PaperRun:
             "model": s.model, "selector": self.line.selector, "selector_options": self.line.options,
             "optimizer": self.optimizer, "seed": self.seed, "steps": steps, "length": shape.length, "buffer": buffer,
             "selection_ratio": float(ratio), "proxy_size": own.get("proxy_size", shape.proxies),
-            "proxy_length": shape.window, "adam_lr": s.adam_lr, "muon_lr": s.muon_lr, "betas": list(s.betas),
-            "eps": s.eps, "weight_decay": s.weight_decay, "clip": s.clip, "warmup": s.warmup, "cooldown": s.cooldown,
+            "proxy_length": self.line.options.get("window", shape.window),
+            "adam_lr": s.adam_lr, "muon_lr": s.muon_lr, "betas": list(s.betas), "eps": s.eps,
+            "weight_decay": s.weight_decay, "clip": s.clip, "warmup": s.warmup, "cooldown": s.cooldown,
             "precision": s.precision, "validation_every": math.ceil(steps / s.evaluations),
             **({"save_every": math.ceil(steps * s.evaluate_every / s.update_tokens)} if s.evaluate_every else {}),
         }
@@ -116,7 +116,8 @@ class PaperRun:
         places = {"data": data / "pools" / self.pool.name, "proxy": data / "pools" / self.proxy,
                   "validation": data / "pools" / f"validation-{self.pool.source}", "results": work,
                   "save": work / commands.MODEL}
-        return commands.pretrain(self.setting.preset, self.fields, self.line.selector, self.line.options, places, gpus)
+        model = commands.place_of(self.setting.preset, self.setting.made_here, data)
+        return commands.pretrain(model, self.fields, self.line.selector, self.line.options, places, gpus)
 
     @property
     def kept_steps(self) -> list[int]:
@@ -124,13 +125,14 @@ class PaperRun:
         steps, every = self.fields["steps"], self.fields.get("save_every", self.fields["steps"])
         return [*range(every, steps - every // 2, every), steps]
 
-    def evaluations(self, results_dir: Path) -> dict[tuple[int, str], list[str]]:
+    def evaluations(self, data: Path, results_dir: Path) -> dict[tuple[int, str], list[str]]:
         """(step, suite) -> the command that evaluates the model of that step."""
-        work = self.work(results_dir)
+        work, here = self.work(results_dir), self.setting.made_here
+        tokenizer = commands.place_of(self.setting.tokenizer, here, data)
+        items = data / "items-words" if here else None
         names = {step: commands.MODEL if step == self.fields["steps"] else f"{commands.MODEL}-{step}"
                  for step in self.kept_steps}
-        return {(step, suite): commands.evaluate(suite, work / name, self.setting.tokenizer,
-                                                 evaluated(work, step, suite))
+        return {(step, suite): commands.evaluate(suite, work / name, tokenizer, evaluated(work, step, suite), items)
                 for step, name in names.items() for suite in self.setting.suites}
 
     def work(self, results_dir: Path) -> Path:
@@ -163,7 +165,7 @@ class PaperRun:
             call(by_domain)
         rows: dict[int, list[dict]] = {step: [] for step in self.kept_steps}
         seconds = 0.0
-        for (step, suite), command in self.evaluations(results_dir).items():
+        for (step, suite), command in self.evaluations(data, results_dir).items():
             folder = evaluated(work, step, suite)
             if not results.load(folder):
                 call(command, accepted=(0, 1))  # 1: a task that could not be run, whose row says so
@@ -189,7 +191,7 @@ class PaperRun:
 
     def domain_loss(self, data: Path, results_dir: Path) -> list[str] | None:
         """The command that measures its losses by domain; None without documents of domains."""
-        if self.setting.from_hub or not (data / commands.DOMAIN_TEXTS).is_dir():
+        if self.setting.from_hub or self.setting.made_here or not (data / commands.DOMAIN_TEXTS).is_dir():
             return None
         work, s = self.work(results_dir), self.setting
         return commands.domain_loss(work / commands.MODEL, s.tokenizer, s.validation_length, data, work / DOMAIN_LOSSES)
@@ -249,7 +251,7 @@ def grid(experiment: str, item: str, options: argparse.Namespace, lines: Callabl
         for optimizer in options.optimizers or (("muon",) if small else optimizers):
             for seed in range(options.seeds or (3 if small else 1)):
                 for line in lines(setting):
-                    pool = (SMALL_POOLS if small else POOLS)[line.pool]
+                    pool = POOLS_OF[options.scale][line.pool]
                     if line.static is not None:
                         scorer = next(scorer for scorer in SCORERS if scorer.name == line.static)
                         pool = static_pool(pool, scorer, setting.update_tokens)
@@ -259,7 +261,7 @@ def grid(experiment: str, item: str, options: argparse.Namespace, lines: Callabl
 
 def whole_pools(runs: Sequence[PaperRun]) -> list[Pool]:
     """The pools of the runs before static scorers choose from them."""
-    pools = SMALL_POOLS if runs[0].scale == "small" else POOLS
+    pools = {pool.name: pool for pool in POOLS_OF[runs[0].scale].values()}
     return [pools[name] for name in dict.fromkeys(run.pool.origin for run in runs)]
 
 
@@ -268,28 +270,28 @@ def whole_pools(runs: Sequence[PaperRun]) -> list[Pool]:
 
 def preparation(runs: Sequence[PaperRun], data: Path) -> list[commands.Step]:
     """The commands that make every pool of the runs, in an order in which each finds what it needs."""
-    pools, scores = data / "pools", data / "scores"
-    steps: list[commands.Step] = []
+    pools, scores, here = data / "pools", data / "scores", runs[0].setting.made_here
+    steps: list[commands.Step] = [commands.stand_ins(data)] if here else []
 
     def chosen(name: str, tokens: int, tokenizer: str) -> commands.Step:
         return commands.shards(name, scores / name / "chosen.jsonl", pools / name, tokens, tokenizer)
 
     for pool in whole_pools(runs):
         mine = [run for run in runs if run.pool.origin == pool.name]
-        tokenizer, text, held_out = mine[0].setting.tokenizer, commands.text_of(pool, data), f"validation-{pool.source}"
-        bench = f"bench-proxy-{pool.name}"
+        tokenizer = commands.place_of(mine[0].setting.tokenizer, here, data)
+        text, held_out, bench = commands.text_of(pool, data), f"validation-{pool.source}", f"bench-proxy-{pool.name}"
+        held_tokens, proxy_tokens = (min(n, pool.tokens) for n in (commands.VALIDATION_TOKENS, PROXY_TOKENS))
         if pool.source in REPOSITORIES:
             steps.append(commands.fetch(pool, data))
-            steps.append(commands.shards(pool.source, None, pools / held_out, commands.VALIDATION_TOKENS, tokenizer,
+            steps.append(commands.shards(pool.source, None, pools / held_out, held_tokens, tokenizer,
                                          commands.VALIDATION_DUMP))
         else:
-            steps.append(commands.shards(held_out, data / "text" / held_out, pools / held_out,
-                                         commands.VALIDATION_TOKENS, tokenizer))
+            steps.append(commands.shards(held_out, data / "text" / held_out, pools / held_out, held_tokens, tokenizer))
         steps.append(commands.shards(pool.name, text, pools / pool.name, pool.tokens, tokenizer))
-        for name in dict.fromkeys([bench, *(run.proxy for run in mine)]):
+        for name in dict.fromkeys([*([] if here else [bench]), *(run.proxy for run in mine)]):
             tasks = commands.ITEM_TASKS if pool.source in REPOSITORIES else commands.CPT_TASKS
-            steps.append(commands.proxy(name.partition("-")[0], text, scores / name, tasks))
-            steps.append(chosen(name, PROXY_TOKENS, tokenizer))
+            steps.append(commands.proxy(name.partition("-")[0], text, scores / name, proxy_tokens, tokenizer, tasks))
+            steps.append(chosen(name, proxy_tokens, tokenizer))
         for best in dict.fromkeys(run.pool for run in mine if run.pool.static):
             steps.append(commands.score(str(best.static), text, best.tokens, scores / best.name,
                                         scores / bench / "chosen.jsonl"))

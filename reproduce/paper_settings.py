@@ -43,6 +43,7 @@ class Setting:
     evaluations: int = 30  # points of the validation curve [ours]
     evaluate_every: int | None = None  # update tokens between models that are kept and evaluated; None: the last alone
     deviations: tuple[str, ...] = ()
+    made_here: bool = False  # model, tokenizer, text and items are of reproduce.stand_ins
 
     @property
     def from_hub(self) -> bool:
@@ -74,6 +75,12 @@ QWEN3_8B = Setting(
     deviations=("the rate after warm-up is constant; the paper's decay is not known",
                 "eps 1e-8 and clip 1.0, as for GPT-2; the paper's are not known",
                 "BF16 products on FP32 weights and optimizer state"))
+QWEN3_CI = replace(
+    QWEN3_8B, model="qwen3-ci", preset="qwen3-ci", tokenizer="qwen3-ci", title="Qwen3 of two layers",
+    shape=Shape("Qwen3", "ci scale", layers=2, width=16, vocabulary=300, length=32, candidates=4, proxies=4, selected=2,
+                window=16, feed_forward=24, kv_width=8, gated=True),
+    update_tokens=256, evaluate_every=128, evaluations=2, adam_lr=1e-3, muon_lr=1e-2, precision="float32", gpus=1,
+    made_here=True, deviations=("a few steps of a toy model on words in a random order",))
 # the 124 M model on one GPU: about 20 tokens a parameter, windows of an eighth of a sequence, rates of GPT-2 Large
 GPT2 = Setting(
     "gpt2", "gpt2", "GPT-2 (124M)", Shape("GPT-2", "small scale", 12, 768, 50304, 2048, 64, 8, 32, 256),
@@ -109,6 +116,8 @@ SCIENCEPEDIA = Pool("sciencepedia", "sciencepedia", None, 3 * BILLION)  # 3B [pa
 POOLS = {pool.name: pool for pool in (FINEWEB, EDU_3, EDU_4_5, EDU, SCIENCEPEDIA)}
 SMALL_POOLS = {"fineweb": replace(FINEWEB, subset="sample-10BT", tokens=10 * BILLION),
                **{pool.name: replace(pool, tokens=5 * BILLION) for pool in (EDU_3, EDU_4_5, EDU)}}
+CI_POOLS = {SCIENCEPEDIA.name: Pool("words", "words", None, 4_000)}  # of reproduce.stand_ins
+POOLS_OF = {"ci": CI_POOLS, "small": SMALL_POOLS, "paper": POOLS}  # by scale
 PROXY_TOKENS = 30_000_000  # [paper]
 
 

@@ -129,6 +129,9 @@ METHODS = {
                        deviations=("loss of the score window instead of the whole sequence",)),
     "ppl-mid": Method("PPL (mid)", None, None, "perplexity", {"keep": "mid", "window": WINDOW}),
     "ppl-low": Method("PPL (low)", None, None, "perplexity", {"keep": "low", "window": WINDOW}),
+    "greats": Method("GREATS", "GREATS", None, "greats", {"window": WINDOW},
+                     deviations=("greedy choice on the proxy batch and the score window of OPUS instead of validation "
+                                 "data of its own",)),
     "opus-paper": Method("OPUS", "OPUS", "paper", "opus", {"arm": "paper", "window": WINDOW,
                                                            "sketch_width": SKETCH_WIDTH}),
     "opus-released": Method("OPUS", "OPUS", "released", "opus",

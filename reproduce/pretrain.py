@@ -5,7 +5,8 @@
     python -m reproduce.pretrain --model FOLDER --data POOL --proxy PROXY --method random --dry-run    # the plan alone
 
 POOL, PROXY and VALIDATION are folders of token shards with a manifest.json.  The paper's settings are presets
-(reproduce/presets.py); any is overridden by an option, which the record then names as a deviation.  A folder with a
+(reproduce/presets.py); any is overridden by an option, which the record then names as a deviation.  With opus each
+process scores its share of the candidates; with ppl and greats every process scores all of them.  A folder with a
 model (safetensors) takes the settings of qwen3-8b; gpt2, tiny and ci, sizes of the paper's architecture, those of
 gpt2-large.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +31,7 @@ from tqdm import tqdm
 from baselines import build_selector
 from opus_bench import hashing, provenance, results, schema
 from opus_bench.distributed import World
+from opus_bench.layers import layer_names
 from opus_bench.model import SIZES, OpusGPT2, OpusGPT2Config
 from opus_bench.pool import ShardPool
 from opus_bench.pretrain import SharedProgress, pretrain
@@ -64,9 +67,14 @@ def own_settings(plan: Plan, options: argparse.Namespace) -> OwnSettings:
 
 
 def selector_for(plan: Plan, world: World) -> Selector:
-    """The method's selector; an Opus scores its candidates on all processes."""
+    """The method's selector; an Opus scores its candidates on all processes, any other on each all of them.
+
+    Raises:
+        ValueError: for an Opus whose terms processes cannot share.
+    """
     method = METHODS[plan.method]
-    selector = build_selector(method.selector, dict(plan.options), None, plan.config.length)
+    more = {"world": world} if method.selector == "greats" else {}
+    selector = build_selector(method.selector, {**plan.options, **more}, None, plan.config.length)
     return SharedOpus(selector, world, plan.config.selection == "global") if isinstance(selector, Opus) else selector
 
 
@@ -135,6 +143,9 @@ def run(options: argparse.Namespace) -> None:
     pools = open_pools(options, verify=rank == 0 and not options.dry_run)
     model = outline(plan, options)
     check_tokens(pools, model, plan.config.length)
+    selector_for(plan, World(rank, processes, torch.device("cpu")))
+    if "layers" in plan.options:
+        layer_names(model, plan.options["layers"])
     identity = schema.run_id("pretrain", plan.settings(processes), data_sha256(pools), provenance.code_version())
     if rank == 0:
         print(text(plan, processes, pools, identity, model), flush=True)
@@ -147,8 +158,12 @@ def run(options: argparse.Namespace) -> None:
         set_determinism(torch.get_num_threads())
     with locked(options.results, identity) if world.rank == 0 else nullcontext():
         if any(world.each(world.rank == 0 and results.done(records, identity))):
+            path = results.record_path(records, identity)
+            if options.save is not None and not (options.save / "config.json").exists():
+                raise ValueError(f"{path} is there, its model is not in {options.save}; move the record away to train "
+                                 "again, or leave out --save")
             if world.rank == 0:
-                print(f"{results.record_path(records, identity)} is there: done")
+                print(f"{path} is there: done")
         else:
             train_and_record(plan, options, world, identity, pools)
     world.stop()
@@ -166,8 +181,12 @@ def train_and_record(
             bar.update(done - bar.n)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
+        def keep(done: int) -> None:
+            if options.save_every is not None and done % options.save_every == 0 and done < plan.config.steps:
+                save(model, options.save.with_name(f"{options.save.name}-{done}"), world)
+
         progress = pretrain(plan.config, model, pools["data"], pools["proxy"], selector_for(plan, world), world,
-                            checkpoints, pools.get("validation"), on_step)
+                            checkpoints, pools.get("validation"), on_step, keep)
     weights = weights_sha256(model)
     if options.save is not None:
         save(model, options.save, world)
@@ -177,12 +196,20 @@ def train_and_record(
 
 
 def save(model: nn.Module, folder: Path, world: World) -> None:
-    """The whole model as save_pretrained writes it, gathered on process 0's CPU."""
+    """The whole model as save_pretrained writes it, gathered on process 0's CPU; whole if it has a config.json."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.rank == 0:
-        model.save_pretrained(folder, state_dict=state)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=state)
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (folder / "config.json", *folder.glob("model*.safetensors*")):
+            old.unlink(missing_ok=True)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):  # which comes last
+            os.replace(path, folder / path.name)
+        temporary.rmdir()
 
 
 def main(arguments: list[str] | None = None) -> int:

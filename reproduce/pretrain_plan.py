@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
+from baselines import build_selector
+from baselines.greats import Greats
+from baselines.perplexity import Perplexity
 from opus_bench.distributed import PARALLELISM
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.model import SIZES
 from opus_bench.pretrain import PretrainConfig
+from opus_bench.selector import Opus
 from opus_bench.shared_selection import SCOPES
 
-from .presets import METHODS, PRESETS, Preset, steps_for
+from .presets import METHODS, PRESETS, Method, Preset, steps_for
 
 ROOT = Path(__file__).resolve().parent.parent
 # options that stand for a field of PretrainConfig: (option, type, metavar, help)
@@ -54,7 +60,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     top.add_argument("--proxy", required=True, metavar="POOL", help="token shards of the proxy")
     top.add_argument("--validation", default=None, metavar="POOL", help="held-out token shards (default: no such loss)")
     top.add_argument("--method", choices=tuple(METHODS), default="opus-calibrated",
-                     help="how candidates are chosen (default: %(default)s)")
+                     help="how candidates are chosen (default: %(default)s); with opus each process scores its share "
+                          "of them, with ppl and greats all of them, greats holding all their factors at once; a pool "
+                          "that a static scorer has cut is trained on with random")
     top.add_argument("--tokens", type=float, default=None, metavar="N",
                      help="tokens to train on (default: the preset's)")
     top.add_argument("--steps", type=int, default=None, metavar="N",
@@ -71,12 +79,18 @@ def parser(description: str) -> argparse.ArgumentParser:
                      help="buckets per weight, of opus-paper and opus-released (default: 8192)")
     top.add_argument("--score-microbatch", type=int, default=None, metavar="N",
                      help="candidates in one scoring pass of a process, of the opus methods (default: all)")
+    top.add_argument("--selector-options", type=json_object, default={}, metavar="JSON",
+                     help="more knobs of the method's selector, as '{\"sampling\": \"greedy\"}': fields of "
+                          "opus_bench.selector.Opus, baselines.greats.Greats or baselines.perplexity.Perplexity "
+                          "(default: the method's)")
     top.add_argument("--seed", type=int, default=0, metavar="N",
                      help="of weights made anew, the order of the data and draws (default: %(default)s)")
     top.add_argument("--results", type=Path, default=ROOT / "results" / "pretrain", metavar="FOLDER",
                      help="gets runs/ with the record and work/ with checkpoints (default: results/pretrain)")
     top.add_argument("--save", type=Path, default=None, metavar="FOLDER",
                      help="also write the trained model, safetensors (default: none is written)")
+    top.add_argument("--save-every", type=int, default=None, metavar="N",
+                     help="steps between models that are kept in <save>-STEP beside the last (default: none is kept)")
     top.add_argument("--trust-remote-code", action="store_true",
                      help="run code that comes with the model (default: refuse)")
     top.add_argument("--dry-run", action="store_true", help="print the plan and stop (default: go on)")
@@ -121,6 +135,8 @@ def settle(options: argparse.Namespace) -> Plan:
         given["proxy_length"] = options.window
         if "window" in method.options:
             selector_options["window"] = options.window
+    if options.save_every is not None and (options.save is None or options.save_every < 1):
+        raise ValueError(f"--save-every {options.save_every} needs at least 1 step and --save, which names the folders")
     if options.sketch_width is not None:
         if "sketch_width" not in method.options:
             raise ValueError(f"--sketch-width is of the opus methods with a sketch, not of {options.method}; "
@@ -130,6 +146,10 @@ def settle(options: argparse.Namespace) -> Plan:
         if method.selector != "opus":
             raise ValueError(f"--score-microbatch is of the opus methods, not of {options.method}; leave it out")
         selector_options["microbatch"] = options.score_microbatch
+    check_knobs(method, options)
+    selector_options |= options.selector_options
+    if "window" in selector_options:
+        given["proxy_length"] = selector_options["window"]
     config = dataclasses.replace(preset.config, **given)
     if options.steps is not None and options.tokens is not None:
         raise ValueError("--steps and --tokens say the same; give one of them")
@@ -137,13 +157,68 @@ def settle(options: argparse.Namespace) -> Plan:
         options.tokens if options.tokens is not None else preset.tokens, config.selected_size, config.length)
     config = dataclasses.replace(config, steps=steps)
     if method.selector == "opus" and config.precision == "bfloat16":
-        selector_options["scoring_dtype"] = "bfloat16"
+        selector_options.setdefault("scoring_dtype", "bfloat16")
+    build_selector(method.selector, dict(selector_options), None, config.length)  # refuses values before anything else
     changed = [f"{f.name} {getattr(config, f.name)} instead of {getattr(preset.config, f.name)}"
                for f in dataclasses.fields(config)
                if f.name not in ("seed", "optimizer") and getattr(config, f.name) != getattr(preset.config, f.name)]
+    knobs = [f"{name} {value} of the selector" for name, value in options.selector_options.items()]
     other = [] if where == preset.model else [f"model {Path(where).name} instead of {preset.model}"]
     return Plan(preset, where, config, options.method, selector_options,
-                (*other, *changed, *method.deviations, *preset.decided))
+                (*other, *changed, *knobs, *method.deviations, *preset.decided))
+
+
+def refuse(name: str) -> NoReturn:
+    """Of JSON's numbers NaN and the infinities are none, though Python's reader takes them."""
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that an option holds."""
+    try:
+        found = json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write '{{\"NAME\": VALUE}}'")
+    return found
+
+
+SELECTORS = {"opus": Opus, "greats": Greats, "perplexity": Perplexity}
+FIXED = ("arm_name", "keep", "world")  # by --method and by torchrun
+FLAGS = {"window": "window", "sketch_width": "sketch_width", "microbatch": "score_microbatch"}  # that say a knob too
+
+
+def check_knobs(method: Method, options: argparse.Namespace) -> None:
+    """Refuse knobs of --selector-options that the selector lacks, values of another type, and what is said twice.
+
+    Raises:
+        ValueError: naming the knob, and what is known.
+    """
+    kind = SELECTORS.get(method.selector)
+    hints = get_type_hints(kind) if kind is not None else {}
+    known = {name: hint for name, hint in hints.items() if not name.startswith("_") and name not in FIXED}
+    for name, value in options.selector_options.items():
+        if name not in known:
+            raise ValueError(f"--selector-options: {options.method} has no knob {name!r}; "
+                             f"known: {', '.join(known) or 'none'}")
+        if not fits(value, known[name]):
+            raise ValueError(f"--selector-options: {name} cannot be {json.dumps(value)}; see {kind.__name__}.{name}")
+        if name in FLAGS and getattr(options, FLAGS[name]) is not None:
+            raise ValueError(f"--{FLAGS[name].replace('_', '-')} and --selector-options {name} say the same; give one")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a field's type: numbers, text, null, one of several, a list of text."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if hint in (str, bool, NoneType):
+        return isinstance(value, hint)
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def text(plan: Plan, processes: int, pools: dict[str, Any], identity: str, model: nn.Module) -> str:

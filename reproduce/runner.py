@@ -108,17 +108,16 @@ Write = Callable[[Path], Sequence[Path]]
 
 def main(make_runs: Callable[[argparse.Namespace], Sequence[Job]], description: str, write: Write,
          large_runs: Callable[[argparse.Namespace], Sequence[PaperRun]] | None = None,
-         scales: Sequence[str] = PIPELINE_SCALES) -> int:
+         large_scales: Sequence[str] = GPU_SCALES, scales: Sequence[str] = PIPELINE_SCALES) -> int:
     """Entry point of a script: exit code 0, 2 after one line about bad input, 130 on ctrl-C.
 
     ``write`` turns a results folder into the script's tables and figures and returns their paths; ``large_runs``
-    makes the runs of the scales small and paper, which a script without it does not have; ``scales`` are those that it
-    has on CPUs.
+    makes the runs of ``large_scales``, small and paper, which a script without it does not have; ``scales`` are those
+    that it has on CPUs.
     """
     options = arguments(description, large_runs is not None, scales)
     try:
-        if options.scale in GPU_SCALES:
-            assert large_runs is not None
+        if large_runs is not None and options.scale in large_scales:
             return paper_launch.launch(choose(large_runs(options), options), options, write)
         return run_grid(choose(make_runs(options), options), options, write)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
 import opus_bench.pretrain as pretraining
+from baselines.greats import Greats
 from opus_bench import shared_selection
 from opus_bench.distributed import World, parallelize, shared_mean_gradient
 from opus_bench.ghost import full
@@ -142,6 +143,15 @@ def utilities(world: World, opus: Opus, optimizer: str, parallelism: str, model:
     found = SharedOpus(opus, world).utilities(tokens(n, 12, seed=5), state)
     untouched = all(torch.equal(x, full(p.detach())) and p.grad is None for x, p in zip(before, spread.parameters()))
     return found.alignment, found.gram, untouched
+
+
+def greats(world: World, parallelism: str, step: int = 0) -> tuple:
+    """Alignment, Gram and choice of three of seven candidates for a proxy of five, by GREATS."""
+    spread = small("paper")
+    state = TrainState(spread, stepped(spread, "muon", world, parallelism), step, tokens(5, 12, seed=6))
+    selector, candidates = Greats(window=10, world=world), tokens(7, 12, seed=5)
+    found = selector.utilities(candidates, state)
+    return found.alignment, found.gram, selector.select(candidates, 3, state, torch.Generator()).indices
 
 
 def many(world: World, jobs: dict) -> dict:

@@ -20,7 +20,8 @@ from test_report import record_of
 
 from opus_bench import results, schema
 from reproduce import (ablations, counts, domain_loss, figure1, figure5_6, paper_checks, paper_commands, paper_cost,
-                       paper_launch, paper_scale, paper_text, runner, table3, table4, table5, table6, table7, table8)
+                       paper_launch, paper_scale, paper_text, pretrain_plan, runner, table3, table4, table5, table6,
+                       table7, table8)
 from reproduce.comparison import REPORTED
 from reproduce.counts import LARGE, XL
 from reproduce.paper_cost import Rates, selection_flops, training_flops
@@ -103,8 +104,8 @@ def test_what_these_scales_cannot_do_is_refused():
         table3.large_runs(options(paper_tasks=True))
     with pytest.raises(ValueError, match="figure5_6 has no scale small"):
         figure5_6.large_runs(options("small"))
-    with pytest.raises(ValueError, match="not run: figure5_6 has no scale ci"):
-        figure5_6.runs(options("ci"))
+    with pytest.raises(ValueError, match="not run: figure5_6 has no scale smoke"):
+        figure5_6.runs(options("smoke"))
     with pytest.raises(ValueError, match="unknown model 'gpt3'; this item has gpt2-large, gpt2-xl"):
         paper_launch.chosen_models(table3.large_runs(options()), ["gpt3"])
     for bad, words in (({"peak": 0.0}, "peak-tflops"), ({"utilisation": 1.5}, "utilisation"), ({"gpus": 0}, "gpus")):
@@ -244,7 +245,7 @@ def test_models_are_kept_and_evaluated_every_half_billion_tokens():
     each = run.selected_size * 4096
     assert [round(step * each / 1e8) for step in run.kept_steps] == [5, 10, 15]
     assert run.kept_steps[-1] == run.fields["steps"]
-    commands = run.evaluations(Path("results"))
+    commands = run.evaluations(Path("data"), Path("results"))
     assert list(commands) == [(step, "cpt") for step in run.kept_steps]
     models = [command[command.index("--model") + 1] for command in commands.values()]
     assert [Path(model).name for model in models] == [*(f"model-{step}" for step in run.kept_steps[:2]), "model"]
@@ -473,6 +474,23 @@ def test_pages_of_two_models_stand_side_by_side(grid3, monkeypatch, tmp_path):
         part = text[start:].split("###")[1]
         assert all(f"| {label} |" in part for label in labels) and paper in part
     assert "25.00 | 11.02" in table5.write(tmp_path)[0].read_text().replace("\\", "")  # BBH of OPUS, and the paper's
+
+
+@pytest.mark.parametrize("script,scale", PLANS, ids=lambda x: getattr(x, "__name__", x).rpartition(".")[2])
+def test_the_training_command_takes_every_run_and_means_the_same(script, scale):
+    """What the command settles of each run's words, by its presets, is what the run's record will say."""
+    for run in script.large_runs(options(scale)):
+        words = run.command(Path("data"), Path("results"), 8)
+        words = words[words.index("reproduce.pretrain") + 1:]
+        settled = pretrain_plan.settle(pretrain_plan.parser("").parse_args(words))
+        config, fields = vars(settled.config), run.fields
+        shared = set(config) & set(fields)
+        assert shared >= {*paper_commands.FLAGS, "betas", "eps", "proxy_length"}
+        assert {name: config[name] for name in shared} == {
+            name: tuple(fields[name]) if name == "betas" else fields[name] for name in shared}, run.label
+        for name, value in run.line.options.items():
+            if name != "sketch_width" or "sketch_width" in settled.options:
+                assert settled.options[name] == value, (run.label, name)
 
 
 # Text and losses of domains -----------------------------------------------------------------------------

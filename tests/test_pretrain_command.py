@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import shared_jobs as jobs
 import torch
 from transformers import AutoModelForCausalLM
 
+from opus_bench import pretrain as training
 from opus_bench import results
 from reproduce import pretrain as command
 from reproduce.presets import METHODS, PRESETS, WINDOW
@@ -19,6 +21,15 @@ from reproduce.presets import METHODS, PRESETS, WINDOW
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--steps", "4", "--length", "12", "--buffer", "4", "--window", "10", "--proxy-size", "4",
          "--validation-every", "2", "--validation-sequences", "3", "--checkpoint-every", "2", "--precision", "float32"]
+
+
+def knobs(method, **values):
+    return ["--model", "ci", "--method", method, "--selector-options", json.dumps(values)]
+
+
+def without_window():
+    at = SMALL.index("--window")
+    return SMALL[:at] + SMALL[at + 2:]
 
 
 class CountedPool(jobs.FakePool):
@@ -49,6 +60,8 @@ def call(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         where = ["--data", "pool", "--proxy", "proxies", "--results", str(tmp_path / "results")]
         code = command.main([*map(str, arguments), *where])
+        if torch.distributed.is_initialized():  # an interrupted process ends, and its group with it
+            torch.distributed.destroy_process_group()
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -80,7 +93,7 @@ def test_dry_run_prints_the_plan_and_makes_nothing(call, tmp_path):
     assert "learning-rate schedule not published" in out and "proxy_size 32 instead of 8" in out
 
 
-@pytest.mark.parametrize("method", ["opus-paper", "ppl-low"])
+@pytest.mark.parametrize("method", ["opus-paper", "ppl-low", "greats"])
 def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method):
     sketch = ["--sketch-width", "64"] if method == "opus-paper" else []
     arguments = ["--model", qwen3, "--method", method, *SMALL, *sketch, "--validation", "held-out",
@@ -99,6 +112,8 @@ def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method
     assert all(moved)
     code, out, _ = call(*arguments)
     assert code == 0 and "is there: done" in out
+    code, _, err = call(*arguments, "--save", tmp_path / "elsewhere")
+    assert code == 2 and "its model is not in" in err and not (tmp_path / "elsewhere").exists()
 
 
 def test_two_processes_of_torchrun_train_as_one_process_does(qwen3, tmp_path):
@@ -126,11 +141,105 @@ def test_two_processes_of_torchrun_train_as_one_process_does(qwen3, tmp_path):
     assert [m["value"] for m in two["metrics"]] == pytest.approx([m["value"] for m in one["metrics"]], rel=5e-5)
 
 
+@pytest.mark.parametrize("text", ["greedy", "[1]", '{"temperature": NaN}'])
+def test_knobs_that_are_no_json_object_are_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--model", "ci", "--data", "pool", "--proxy", "proxies", "--selector-options", text])
+    assert "argument --selector-options: " in capsys.readouterr().err
+
+
+def test_knobs_of_the_selector_are_in_the_run(call):
+    plain = call("--model", "ci", "--method", "opus-paper", *SMALL, "--dry-run")[1]
+    code, out, _ = call(*knobs("opus-paper", sampling="greedy", temperature=None, window=8), *without_window(),
+                        "--dry-run")
+    runs = [line for line in (*plain.splitlines(), *out.splitlines()) if line.startswith("run ")]
+    assert code == 0 and len(runs) == len(set(runs)) == 2
+    assert "deviation    sampling greedy of the selector" in out and "proxy_length 8 instead of 512" in out
+    plan = command.settle(command.parser("").parse_args(
+        [*knobs("opus-paper", layers=["blocks", "head"], redundancy=0, temperature=2), "--data", "a", "--proxy", "b"]))
+    built = command.selector_for(plan, command.World(0, 1, torch.device("cpu"))).opus
+    assert (built.layers, built.redundancy, built.temperature, built.window) == (["blocks", "head"], 0, 2, WINDOW)
+    assert built.scoring_dtype == "bfloat16"  # the preset's precision, which a knob overrides
+    plan = command.settle(command.parser("").parse_args(
+        [*knobs("opus-paper", scoring_dtype="model"), "--data", "a", "--proxy", "b"]))
+    assert plan.options["scoring_dtype"] == "model"
+
+
+def test_models_on_the_way_are_kept_also_by_a_run_that_was_killed(call, qwen3, tmp_path, monkeypatch):
+    arguments = ["--model", qwen3, "--method", "random", *SMALL, "--save-every", "1"]
+    code, _, err = call(*arguments, "--save", tmp_path / "whole")
+    assert code == 0, err
+    folders = ["whole", "whole-1", "whole-2", "whole-3"]
+    assert sorted(path.name for path in tmp_path.glob("*whole*")) == folders
+    weights = [torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(tmp_path / name).parameters()])
+               for name in folders]
+    assert all(not torch.equal(one, other) for n, one in enumerate(weights) for other in weights[:n])
+
+    written = training.write
+
+    def cut(*given):
+        written(*given)
+        raise KeyboardInterrupt  # just after the checkpoint of step 2
+
+    monkeypatch.setattr(training, "write", cut)
+    elsewhere = ["--save", tmp_path / "cut", "--seed", "0"]
+    (tmp_path / "results").rename(tmp_path / "done")
+    assert call(*arguments, *elsewhere)[0] == 130
+    assert sorted(path.name for path in tmp_path.glob("*cut*")) == ["cut-1", "cut-2"]
+    monkeypatch.setattr(training, "write", written)
+    assert call(*arguments, *elsewhere)[0] == 0
+    for name in folders:
+        same = AutoModelForCausalLM.from_pretrained(tmp_path / name.replace("whole", "cut"))
+        assert torch.equal(torch.cat([p.flatten() for p in same.parameters()]), weights[folders.index(name)])
+
+
+def test_a_model_that_cannot_be_put_whole_in_its_folder_has_no_config(call, qwen3, tmp_path, monkeypatch):
+    put = os.replace
+
+    def full_disk(source, target):
+        if Path(target).name == "model.safetensors":
+            raise OSError("no space left")
+        put(source, target)
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    shutil.copytree(qwen3, tmp_path / "kept")
+    code, _, err = call("--model", qwen3, "--method", "random", *SMALL, "--save", tmp_path / "kept")
+    assert code == 2 and "no space left" in err and not (tmp_path / "kept" / "config.json").exists()
+    assert not results.load(tmp_path / "results" / "runs")
+
+
+def test_a_saved_model_replaces_an_older_one_and_nothing_else(call, qwen3, tmp_path):
+    shutil.copytree(qwen3, tmp_path / "kept")
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    (tmp_path / "kept" / "model-00001-of-00002.safetensors").touch()  # of a larger one
+    code, _, err = call("--model", qwen3, "--method", "random", *SMALL, "--save", tmp_path / "kept")
+    assert code == 0, err
+    assert {path.name for path in (tmp_path / "kept").iterdir()} >= {"notes.txt", "config.json", "model.safetensors"}
+    assert not (tmp_path / "kept" / "model-00001-of-00002.safetensors").exists()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "no-such-model"], "model 'no-such-model' is no folder here"),
     (["--model", "ci", "--method", "random", "--sketch-width", "64"], "--sketch-width is of the opus methods with a"),
     (["--model", "ci", "--method", "ppl-low", "--score-microbatch", "2"], "--score-microbatch is of the opus methods"),
     (["--model", "ci", "--steps", "4", "--tokens", "1e6"], "--steps and --tokens say the same"),
+    (["--model", "ci", "--save-every", "2"], "--save-every 2 needs at least 1 step and --save"),
+    (["--model", "ci", "--save-every", "0", "--save", "m"], "--save-every 0 needs at least 1 step"),
+    (knobs("opus-paper", colour=1), "opus-paper has no knob 'colour'; known: window, layers, "),
+    (knobs("random", temperature=1), "random has no knob 'temperature'; known: none"),
+    (knobs("ppl-high", keep="low"), "ppl-high has no knob 'keep'; known: window"),
+    (knobs("opus-paper", temperature="hot"), 'temperature cannot be "hot"; see Opus.temperature'),
+    (knobs("opus-paper", microbatch=True), "microbatch cannot be true"),
+    (knobs("opus-paper", sketch_width=64.0), "sketch_width cannot be 64.0"),
+    (knobs("opus-paper", layers=[]), "layers cannot be []"),
+    (knobs("opus-paper", sampling="best"), 'sampling cannot be "best"'),
+    (knobs("opus-paper", temperature=-1), "temperature must be positive, got -1"),
+    (knobs("opus-calibrated", temperature=0.9), "give exactly one of temperature and effective_share"),
+    ([*knobs("opus-calibrated", redundancy="measured"), *SMALL], "need all candidates' factors on one process"),
+    ([*knobs("opus-calibrated", layers="no.such"), *SMALL], "no layer named 'no.such'"),
+    (knobs("greats", learning_rate=0), "learning_rate must be positive, got 0"),
+    ([*knobs("greats", window=10), "--window", "12"], "--window and --selector-options window say the same"),
+    ([*knobs("opus-paper", microbatch=2), "--score-microbatch", "2"], "--score-microbatch and --selector-options"),
     (["--model", "ci", "--length", "0"], "length must be at least 1, got 0"),
     (["--model", "ci", "--length", "1024"], "sequences of 1,024 tokens do not fit"),
 ])
