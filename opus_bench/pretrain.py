@@ -28,7 +28,7 @@ from .ghost import full
 from .selector import Selector, TrainState
 from .sequences import Sequences, sample_losses
 from .shared_selection import SharedOpus, check_scope, select_shared, step_seed
-from .sharded_checkpoint import newest, read, write
+from .sharded_checkpoint import newest_whole, read, write
 from .sharded_state import ShardedMuon
 from .train import STEP_DIAGNOSTICS, Progress, build_optimizers, note_selection, peak_bytes, set_schedule
 
@@ -154,7 +154,7 @@ def pretrain(
     model.train()
     optimizers = build_optimizers(model, config, ShardedMuon)
     progress, identity = SharedProgress(), config.identity(world.size)
-    start = newest(folder) if folder is not None else None
+    start = newest_whole(folder, world) if folder is not None else None
     if start is not None:
         saved = read(start, model, optimizers, selector)
         refuse_other_settings(start, saved.pop("config"), identity)

@@ -1,10 +1,12 @@
 """Checkpoints that any number of processes writes and any other number reads (torch.distributed.checkpoint).
 
-    FOLDER/step-00000050/        whole, since it has its name; its last file is progress.json
-    FOLDER/step-00000100.tmp/    being written, or left by a process that was killed: never read
+    FOLDER/step-00000050/          whole, since it has its name; its last file is progress.json
+    FOLDER/step-00000100.tmp/      being written, or left by a process that was killed: never read
+    FOLDER/step-00000100.damaged/  its bytes are no longer those that were written: never read
 
-Every process writes its shards into the .tmp folder; when all are on disk, process 0 adds progress.json and renames
-the folder, and only then deletes the one before.  So at any moment the newest folder with a final name is in force.
+Every process writes its shards into the .tmp folder; when all are on disk, process 0 adds progress.json, with the
+digest of every file, and renames the folder.  The one before is kept, and only older ones are deleted.  So at any
+moment the newest folder with a final name is in force, and the one before where that turns out damaged.
 torch.distributed.checkpoint keeps its table of contents (.metadata) as a pickle: it is read by an unpickler that knows
 its classes alone, so that nothing in a checkpoint is executed.
 """
@@ -15,7 +17,8 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -27,7 +30,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from .archives import file_sha256
 from .distributed import World
+from .hashing import canonical, text_sha256
 from .preconditioner import owners
 from .selector import Selector
 
@@ -35,9 +40,31 @@ PROGRESS = "progress.json"
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint in force, None if there is none."""
-    found = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+    """The newest checkpoint with a final name, None if there is none."""
+    found = _named(folder)
     return found[-1] if found else None
+
+
+def newest_whole(folder: Path, world: World) -> Path | None:
+    """The newest checkpoint that is byte for byte what was written, None if there is none; all call this together.
+
+    A damaged one is set aside (.damaged) with a warning.  Cost: every process reads 1 / size of the checkpoint.
+    """
+    while (path := newest(folder)) is not None:
+        wrong = _damage(path, world)
+        if not wrong:
+            break
+        if world.rank == 0:
+            aside = path.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            warnings.warn(f"checkpoint {path} is damaged ({wrong}); it is not used and lies as {aside.name}; the run "
+                          "goes on from an earlier checkpoint, or anew where there is none", RuntimeWarning,
+                          stacklevel=2)
+        dist.barrier()
+    if world.rank == 0:
+        _clear(folder)  # what a process left that was killed while it wrote or deleted
+    return path
 
 
 def write(
@@ -50,6 +77,8 @@ def write(
     world: World,
 ) -> Path:
     """Write all state of a run after ``step`` steps; all processes call this together.
+
+    On disk: twice the state, three times while this writes.  For the digests every process reads 1 / size of it.
 
     Args:
         selector: its ``state_dict`` may hold plain values and dicts of tensors by parameter name.
@@ -64,28 +93,45 @@ def write(
     temporary = final.with_suffix(".tmp")
     tensors, plain = _split(selector.state_dict())
     if world.rank == 0:
-        for left in folder.glob("step-*.tmp"):
-            shutil.rmtree(left)
+        _clear(folder)
         temporary.mkdir(parents=True)
     dist.barrier()
     try:
         dcp.save(_tensors(model, optimizers) | tensors, checkpoint_id=temporary)
-    except dcp.api.CheckpointException as error:
+        content = {"progress": dict(progress), "selector": plain, "files": _digests(temporary, world)}
+        _together(lambda: _put_in_force(temporary, final, content), world)
+    except (dcp.api.CheckpointException, OSError) as error:
         kept = newest(folder)
         raise OSError(f"the checkpoint of step {step} could not be written to {folder} ({_cause(error)}); "
-                      f"{kept.name if kept else 'none'} stays in force") from error
-    if world.rank == 0:
-        with open(temporary / PROGRESS, "w", encoding="utf-8") as file:
-            json.dump({"progress": dict(progress), "selector": plain}, file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, final)
-        _sync(folder)
-        for older in folder.glob("step-*"):
-            if older != final:
-                shutil.rmtree(older)
-    dist.barrier()
+                      f"{kept.name if kept else 'none'} stays in force; make room and give the same command") from error
     return final
+
+
+def _put_in_force(temporary: Path, final: Path, content: dict[str, Any]) -> None:
+    """Add the last file, give the folder its name, and delete what is no longer needed."""
+    content["sha256"] = text_sha256(canonical(content))
+    with open(temporary / PROGRESS, "w", encoding="utf-8") as file:
+        json.dump(content, file, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, final)
+    _sync(final.parent)
+    _clear(final.parent)
+    for damaged in final.parent.glob("step-*.damaged"):
+        shutil.rmtree(damaged)
+
+
+def _together(act: Callable[[], None], world: World) -> None:
+    """Process 0 acts; what fails there is an OSError on every process."""
+    failed = [""]
+    if world.rank == 0:
+        try:
+            act()
+        except OSError as error:
+            failed = [f"{error.strerror} on process 0"]
+    dist.broadcast_object_list(failed)
+    if failed[0]:
+        raise OSError(failed[0])
 
 
 def read(
@@ -117,6 +163,46 @@ def read(
         return content["progress"]
     except (Exception, dcp.api.CheckpointException) as error:
         raise ValueError(f"checkpoint {path} cannot be read ({_cause(error)}); delete it to start anew") from error
+
+
+def _named(folder: Path) -> list[Path]:
+    """Checkpoints with a final name, the newest last."""
+    return sorted(path for path in folder.glob("step-*") if not path.suffix)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what is half written, and all but the last checkpoint and the one before."""
+    for left in [*folder.glob("step-*.tmp"), *_named(folder)[:-2]]:
+        shutil.rmtree(left)
+
+
+def _digests(path: Path, world: World) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint but PROGRESS, by name; each is read by one process."""
+    names = sorted(one.name for one in path.iterdir() if one.name != PROGRESS)
+    everyones: list[Any] = [None] * world.size
+    dist.all_gather_object(everyones, {name: _digest(path / name) for name in names[world.rank :: world.size]})
+    return {name: digest for one in everyones for name, digest in one.items()}
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:  # which would leave the other processes waiting
+        return f"cannot be read: {error.strerror}"
+
+
+def _damage(path: Path, world: World) -> str:
+    """In what a checkpoint is not what was written, the same on every process; empty if in nothing."""
+    found = _digests(path, world)
+    try:
+        content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        if content.pop("sha256") != text_sha256(canonical(content)):
+            return f"{PROGRESS} has other content than was written"
+        noted = content["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{PROGRESS} cannot be read: {_cause(error)}"
+    others = sorted(name for name in {*noted, *found} if noted.get(name) != found.get(name))
+    return f"{', '.join(others)} has other content than was written" if others else ""
 
 
 def _sync(folder: Path) -> None:

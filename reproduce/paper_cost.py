@@ -22,7 +22,7 @@ UTILISATION = 0.4  # share of the peak that training reaches: an assumption
 SAMPLE_BYTES = {"sample-10BT": 27.6e9, "sample-100BT": 277.4e9}  # of FineWeb's files [its data set card]
 BYTES_PER_TOKEN = 2.774  # of parquet files, 277.4 GB for about 100e9 GPT-2 tokens [FineWeb's data set card]
 CHARACTERS_PER_TOKEN = 4.65  # of English prose under GPT-2's tokenizer, measured on 5.0 M characters of encyclopedia
-CHECKPOINTS_KEPT = 2  # the newest, and the one being written
+CHECKPOINTS_KEPT = 3  # the last, the one before, and the one being written
 
 
 @dataclass(frozen=True)

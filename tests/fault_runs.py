@@ -134,14 +134,14 @@ def kill_before_write(trial: Trial) -> None:
     def watch(event: str, arguments: tuple) -> None:
         nonlocal seen
         opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (opened or event in ("os.rename", "os.link", "os.remove")) and str(trial.results) in str(arguments[0]):
+        if (opened or event in ("os.rename", "os.link", "os.remove", "shutil.rmtree")) and str(trial.results) in str(arguments[0]):
             seen += 1
             if seen == trial.options["n"]:
                 os.kill(os.getpid(), signal.SIGKILL)
             if not trial.options["n"]:
                 os.write(counter, b".")
 
-    counter = os.open(trial.results.with_suffix(".count"), os.O_WRONLY | os.O_CREAT)
+    counter = os.open(trial.log.with_suffix(".count"), os.O_WRONLY | os.O_CREAT)
     sys.addaudithook(watch)
 
 

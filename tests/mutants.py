@@ -251,7 +251,7 @@ MUTANTS = [
      "local selection draws alike on every process", "distributed"),
     ("opus_bench/pretrain.py", ".sum() / len(mine)", ".mean()", "microbatches weighed as whole batches", "distributed"),
     ("opus_bench/pretrain.py", "    if bad:\n", "    if False:\n", "a NaN loss is no error of its own", "pretrain"),
-    ("opus_bench/sharded_checkpoint.py", "if path.suffix != \".tmp\"", "if True", "half-written checkpoints are read", "pretrain"),
+    ("opus_bench/sharded_checkpoint.py", "if not path.suffix", "if True", "half-written checkpoints are read", "pretrain"),
     ("opus_bench/sharded_checkpoint.py", "            one.optimizer.state[one.parameter][rest[0]] = value\n", "            pass\n",
      "optimizer state not resumed", "pretrain"),
     ("opus_bench/sharded_checkpoint.py", "content[\"selector\"] | tensors", "content[\"selector\"] | {\"proxy_gradient\": None}",

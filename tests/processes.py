@@ -20,6 +20,13 @@ CONTEXT.set_forkserver_preload([
 ])
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run(function, size: int, *arguments, timeout: float = 120) -> list:
     """``function(world, *arguments)`` in ``size`` processes; what they return, by rank.
 
@@ -27,9 +34,7 @@ def run(function, size: int, *arguments, timeout: float = 120) -> list:
     or its exit code.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         started = [CONTEXT.Process(target=_work, args=(function, rank, size, port, scratch, arguments))
                    for rank in range(size)]
         for process in started:

@@ -207,7 +207,7 @@ def starved(world: World, parallelism: str, most: int, options: dict) -> dict | 
 
 
 def killed(world: World, folder: Path, moment: str) -> None:
-    """A run whose process dies by SIGKILL while the checkpoint of step 4 is written."""
+    """A run whose process dies by SIGKILL while the checkpoint of step 4, or 5, is written."""
 
     def die(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -219,7 +219,7 @@ def killed(world: World, folder: Path, moment: str) -> None:
             FileSystemWriter.write_data = die
         elif moment == "all data, no name" and world.rank == 0:
             os.rename = die
-        elif moment == "named, the former not deleted" and world.rank == 0:
+        elif moment == "named, the oldest not deleted" and world.rank == 0:
             shutil.rmtree = die
 
     config = PretrainConfig(**CONFIG)

@@ -185,7 +185,7 @@ def test_hours_disk_downloads_and_memory_by_hand(grid3):
     assert kept["token shards"] == shards and kept["documents"] == 277.4e9
     weights = XL.block_parameters + XL.head_parameters
     assert kept["models of all runs"] == 12 * 4 * weights
-    assert kept["checkpoints, 2 of the run in progress"] == 2 * 16 * weights
+    assert kept["checkpoints, 3 of the run in progress"] == 3 * 16 * weights
     assert paper_cost.downloads(xl) == {"HuggingFaceFW/fineweb sample-100BT": 277.4e9}
     parts = paper_cost.memory_per_gpu(one(xl, "OPUS (paper)"), 8)
     assert parts == {"state": 4 * (4 * weights - XL.block_parameters) / 8, "activations": 2 * 6144 * 1600 * 64,

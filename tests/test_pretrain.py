@@ -16,7 +16,7 @@ from processes import results, run
 from opus_bench.distributed import World
 from opus_bench.pretrain import PretrainConfig, pretrain, update
 from opus_bench.sequences import Sequences
-from opus_bench.sharded_checkpoint import newest
+from opus_bench.sharded_checkpoint import newest, newest_whole, read
 from opus_bench.train import build_optimizers, rate_factor
 
 # a proxy gradient that serves two steps, from the third of which the resumed run goes on
@@ -97,7 +97,7 @@ def test_a_gradient_that_is_not_finite_stops_before_weights_change(alone):
 
 
 @pytest.mark.parametrize("moment, in_force, size", [("half of the data", 2, 2), ("all data, no name", 2, 1),
-                                                    ("named, the former not deleted", 4, 1)])
+                                                    ("named, the oldest not deleted", 5, 1)])
 def test_killed_while_a_checkpoint_is_written_the_former_is_in_force(alone, tmp_path, moment, in_force, size):
     found = run(jobs.killed, size, tmp_path, moment)
     assert -9 in found  # killed, not failed
@@ -106,7 +106,7 @@ def test_killed_while_a_checkpoint_is_written_the_former_is_in_force(alone, tmp_
     whole = jobs.train(alone, {}, jobs.arm("calibrated"))
     resumed = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path)
     torch.testing.assert_close(resumed["losses"], whole["losses"][in_force:], rtol=1e-10, atol=1e-10)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]  # what was half written is gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]  # nothing half written
 
 
 class Harmful:
@@ -119,30 +119,50 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_checkpoint_of_other_settings_or_damaged_is_refused(half, alone, tmp_path):
+def test_a_checkpoint_of_other_settings_is_refused(half, alone, tmp_path):
     folder, _ = half
     shutil.copytree(folder / "ddp", tmp_path / "run")
     with pytest.raises(ValueError, match=r"other settings \(buffer 8, now 6; seed 3, now 4\)"):
         jobs.train(alone, {**RUN[0], "buffer": 6, "seed": 4}, *RUN[1:], folder=tmp_path / "run")
     with pytest.raises(ValueError, match="cannot be read .*is not in it|cannot be read .*KeyError"):
         jobs.train(alone, *RUN[:2], "paper", tmp_path / "run")
-    progress = newest(tmp_path / "run") / "progress.json"
-    content = progress.read_text()
-    progress.write_text(content[:-5])
-    with pytest.raises(ValueError, match="checkpoint .*step-00000003 cannot be read .*delete it"):
-        jobs.train(alone, *RUN, tmp_path / "run")
-    progress.write_text(content)
-    contents = newest(tmp_path / "run") / ".metadata"
-    sound = contents.read_bytes()
-    contents.write_bytes(pickle.dumps(Harmful(tmp_path / "executed")))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
+
+
+def test_a_table_of_contents_with_a_payload_is_refused_and_not_executed(half, tmp_path):
+    """Also where its digest was made to fit."""
+    path = tmp_path / "step-00000003"
+    shutil.copytree(newest(half[0] / "ddp"), path)
+    (path / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "executed")))
     with pytest.raises(ValueError, match="cannot be read .*names .*mkdir"):
-        jobs.train(alone, *RUN, tmp_path / "run")
+        read(path, jobs.small("gpt2"), [], None)
     assert not (tmp_path / "executed").exists()
-    contents.write_bytes(sound)
-    data = next((tmp_path / "run").glob("step-*/*.distcp"))
-    data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(ValueError, match="checkpoint .*step-00000003 cannot be read .*delete it"):
-        jobs.train(alone, *RUN, tmp_path / "run")
+
+
+def turned(content):
+    """One byte in the middle of the tensors."""
+    return content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 255]) + content[len(content) // 2 + 1:]
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("progress.json", lambda content: content[:-5]), ("progress.json", lambda content: content.replace(b"3", b"4", 1)),
+    ("progress.json", None), (".metadata", turned), (".metadata", None), ("__0_0.distcp", lambda content: content[:-100]),
+    ("__0_0.distcp", turned), ("__0_0.distcp", None)])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_in_force(half, alone, tmp_path, name, damage):
+    """A file that is cut, altered or (None) lost."""
+    before, last = tmp_path / "step-00000002", tmp_path / "step-00000003"
+    for path in (before, last):
+        shutil.copytree(newest(half[0] / "ddp"), path)
+    (tmp_path / "step-00000004.tmp").mkdir()
+    assert newest_whole(tmp_path, alone) == last and not (tmp_path / "step-00000004.tmp").exists()
+    if damage is None:
+        (last / name).unlink()
+    else:
+        (last / name).write_bytes(damage((last / name).read_bytes()))
+    with pytest.warns(RuntimeWarning, match=f"step-00000003 is damaged .*{name}.*lies as step-00000003.damaged"):
+        assert newest_whole(tmp_path, alone) == before
+    assert newest_whole(tmp_path, alone) == newest(tmp_path) == before
+    assert (last.with_suffix(".damaged") / name).exists() == (damage is not None)
 
 
 def test_a_checkpoint_that_cannot_be_written_says_so_and_the_former_stays(alone, tmp_path, monkeypatch):
@@ -151,7 +171,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so_and_the_former_stays(alone,
 
     jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path, stop=2)
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full_disk)
-    with pytest.raises(OSError, match="checkpoint of step 4 .*No space left on device.*step-00000002 stays in force"):
+    with pytest.raises(OSError, match="checkpoint of step 4 .*No space left on device.*step-00000002 stays in force; make"):
         jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path)
     assert newest(tmp_path).name == "step-00000002"
 
