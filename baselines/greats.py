@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from opus_bench import sampling
-from opus_bench.distributed import World, shared_mean_gradient
+from opus_bench.distributed.world import World, shared_mean_gradient
 from opus_bench.ghost import full
 from opus_bench.gradients import capture, mean_gradient
 from opus_bench.layers import layer_names, parameter_names

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opus_bench.embedding import in_batches
+from opus_bench.documents.embedding import in_batches
 from opus_bench.gradients import scoring_mode
 from opus_bench.sampling import check_size
 from opus_bench.sequences import Sequences, as_sequences, sample_losses

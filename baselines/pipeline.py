@@ -1,7 +1,7 @@
 """Scoring a pool as a datatrove pipeline: on this machine, on Slurm or on Ray.
 
 Every task scores the files whose number is its rank modulo the number of tasks and writes what
-`opus_bench.scored_pool` describes, so a task that is run again scores only what is missing, and results do
+`opus_bench.documents.scored` describes, so a task that is run again scores only what is missing, and results do
 not depend on the number of tasks.
 """
 
@@ -17,8 +17,8 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from opus_bench.documents import Fields, pool_files
-from opus_bench.scored_pool import score_files, summaries
+from opus_bench.documents.files import Fields, pool_files
+from opus_bench.documents.scored import score_files, summaries
 
 from .scorers import ScorerOptions, build_scorer
 
@@ -58,7 +58,7 @@ class ScorePool(PipelineStep):
     def _counter(self) -> Callable[[list[str]], list[int]] | None:
         if self.tokenizer is None:
             return None
-        from opus_bench.proxy import token_counter
+        from opus_bench.documents.proxy import token_counter
 
         return token_counter(self.tokenizer)
 

@@ -2,8 +2,8 @@
 
 By default a linear classifier of target text against pool text gives the score; any other scorer of
 `scorers` can (`scorer_scores`).  The recipe of DCLM's fastText filter (Li et al. 2024): positives are
-target documents, negatives are a random part of the pool, and a fixed subset of the pool, its share ``selection_ratio`` of
-highest score, is kept for the whole run.  Here the classifier is scikit-learn's SGDClassifier on
+target documents, negatives are a random part of the pool, and a fixed subset of the pool, its share
+``selection_ratio`` of highest score, is kept for the whole run.  Here the classifier is scikit-learn's SGDClassifier on
 hashed word uni- and bigrams, trained at run time on the proxy split; no published weights are used.
 Within a buffer the kept sequences are drawn uniformly; where fewer than asked for are kept, the best
 of the others fill up, and where more are, the rest is left out.
@@ -30,9 +30,9 @@ from sklearn.linear_model import SGDClassifier
 from torch import Tensor
 
 from opus_bench.corpus import Corpus, CorpusError
-from opus_bench.documents import replacing
+from opus_bench.documents.files import replacing
 from opus_bench.sampling import check_size
-from opus_bench.scored_pool import gumbel
+from opus_bench.documents.scored import gumbel
 from opus_bench.selector import Selection, Stateless, TrainState
 from opus_bench.stream import CandidateStream
 

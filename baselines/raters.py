@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from opus_bench.embedding import in_batches
+from opus_bench.documents.embedding import in_batches
 
 FINEWEB_EDU, QURATER = "HuggingFaceFW/fineweb-edu-classifier", "princeton-nlp/QuRater-1.3B"
 CRITERIA = ("writing_style", "required_expertise", "facts_and_trivia", "educational_value")

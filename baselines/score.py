@@ -19,18 +19,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from opus_bench.cli import Parser
-from opus_bench.embedding import model_identity
-from opus_bench.documents import Fields, PoolFile, pool_files
-from opus_bench.document_options import (
-    check_pool_options,
-    model_options,
-    open_pool,
-    outcome_text,
-    pool_options,
-    pool_plan,
-    pool_text,
+from opus_bench.documents.embedding import model_identity
+from opus_bench.documents.files import Fields, PoolFile, pool_files
+from opus_bench.documents.options import (
+    check_pool_options, model_options, open_pool, outcome_text, pool_options, pool_plan, pool_text,
 )
-from opus_bench.scored_pool import Rule, open_plan, summaries, write_chosen
+from opus_bench.documents.scored import Rule, open_plan, summaries, write_chosen
 
 from .raters import CRITERIA
 from .scorers import FITTED, PUBLISHED, ScorerOptions, build_scorer, check_scorer, fit_scorer

@@ -28,9 +28,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import pool_commands
-from .proxy_command import SUMMARY, proxy_options, run_proxy
-from .evaluate_command import evaluate, evaluation_options
+from .pools import command as pool_commands
+from .documents.command import SUMMARY, proxy_options, run_proxy
+from .evaluation.command import evaluate, evaluation_options
 from .validation.own_report import measures, table, text, threshold_help
 from .validation.own_settings import DTYPES, OPTIMIZERS, TOKEN_DTYPES, OwnSettings
 
@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=int, default=STEPS, metavar="N",
                      help="optimizer updates before scoring (default: %(default)s)")
     one.add_argument("--widths", type=int, nargs="+", default=WIDTHS, metavar="N",
-                     help=f"sketch widths, buckets per weight (default: {' '.join(map(str, WIDTHS))}; the paper's: 8192)")
+                     help=f"sketch widths, buckets per weight (default: {' '.join(map(str, WIDTHS))}; the "
+                          "paper's: 8192)")
     one.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw",
                      help="adamw, or muon for the blocks' matrices and adamw for the rest; sgd with --model only "
                           "(default: %(default)s)")
@@ -99,7 +100,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER",
                      help="folder that records will be written to (default: results of the repository)")
 
-    pool_commands.data_options(command("data", pool_commands.data, "tokenise text at paper scale into a pool of shards"))
+    pool_commands.data_options(command("data", pool_commands.data,
+                                       "tokenise text at paper scale into a pool of shards"))
     pool_commands.contamination_options(command("contamination", pool_commands.contamination,
                                                 "which evaluation items stand in a pool, by shared runs of words"))
     return top
@@ -157,7 +159,7 @@ def own_options(command: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> int:
     from .report import report as write_report
-    from .site import write as write_site
+    from .site.page import write as write_site
 
     for path in [*write_report(options.results, options.reported), write_site(options.results, options.reported)]:
         print(f"wrote {os.path.relpath(path)}")

@@ -94,7 +94,7 @@ def _results(folder: Path) -> Check:
 
 
 def _hub() -> Check:
-    from .paper_suite import hub_problem
+    from .evaluation.paper_suite import hub_problem
 
     problem = hub_problem()
     what, scale = "hub", "paper tasks"

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from opus_bench.figure_values import describe
+from opus_bench.site.values import describe
 from opus_bench.statistics import SMALLEST_N, mean_interval
 
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}

@@ -37,7 +37,8 @@ from .layers import kind_of, layer_names, parameter_names, refuse_compiled
 from .sequences import Sequences, as_sequences, sample_losses, token_losses
 
 __all__ = ["Factors", "PerSampleGradient", "capture", "curvature", "exact_per_sample_grads", "layer_names",
-           "mean_gradient", "parameter_names", "refuse_compiled", "sample_losses", "scoring_mode", "stream", "token_losses"]
+           "mean_gradient", "parameter_names", "refuse_compiled", "sample_losses", "scoring_mode", "stream",
+           "token_losses"]
 
 Batch = Int[Tensor, "n t"] | Sequences
 

@@ -25,12 +25,11 @@ from opus_bench.schema import RecordError
 ROOT = Path(__file__).resolve().parent.parent
 UNHASHED = frozenset(
     {"schema", "provenance", "results", "statistics", "significance", "sections", "tables", "figures", "report"}
-    | {"figure_values", "site", "site_pages", "site_figures", "site_summary"}
-    | {"cli", "doctor", "evaluate_command", "model_evaluation", "samples"}
-    | {"pool_commands", "proxy_command", "score"}
+    | {"cli", "doctor", "command", "records", "samples", "score"}
 )
 """Modules that make no number of a record: they check, store and read records, or print beside them."""
-
+SITE = "site"
+"""The folder whose modules make none either."""
 
 VALIDATION = "validation"
 """The folder whose modules make the numbers of validation experiments, and none of a training run."""
@@ -96,7 +95,7 @@ def sources_sha256(root: str | Path, sources: Iterable[str] | None = None) -> st
     Args:
         root: folder that holds `opus_bench/` and `baselines/`.
         sources: the files to hash, relative to root; by default every module and task file of
-            `opus_bench` but those in UNHASHED and in the folder VALIDATION, and all of `baselines`.
+            `opus_bench` but those in UNHASHED and in the folders SITE and VALIDATION, and all of `baselines`.
 
     Raises:
         RecordError: a source that is missing or is not Python.
@@ -106,7 +105,7 @@ def sources_sha256(root: str | Path, sources: Iterable[str] | None = None) -> st
         patterns = ("opus_bench/**/*.py", "opus_bench/**/*.yaml", "baselines/**/*.py")
         found = [path for pattern in patterns for path in root.glob(pattern)]
         paths = [path for path in found
-                 if path.stem not in UNHASHED and path.parent.name != VALIDATION]
+                 if path.stem not in UNHASHED and path.parent.name not in (SITE, VALIDATION)]
     else:
         paths = [root / source for source in sources]
     digest = hashlib.sha256()

@@ -79,8 +79,8 @@ def headline(sections: Sequence[Section], experiment: str) -> str:
     worth = "; this scale checks the pipeline" if record["scale"] in PIPELINE_SCALES else ""
     said = "; ".join(f"{label} {' and '.join(gaps)}" for label, gaps in found.items())
     return (f"**Final loss on {record['data']['target_domain']} minus that of Random, nat/token: {said or NONE}** "
-            f"({record['scale']} scale, model {record['config']['model']}, {tokens:,} update tokens, n = {seeds} paired "
-            f"seeds, 95 % intervals, `{MARK}` excludes no difference; "
+            f"({record['scale']} scale, model {record['config']['model']}, {tokens:,} update tokens, n = {seeds} "
+            f"paired seeds, 95 % intervals, `{MARK}` excludes no difference; "
             f"`python -m reproduce.{experiment} --scale {record['scale']}`{worth}).")
 
 
@@ -93,8 +93,8 @@ def readme_block(sections: list[Section], experiment: str, reported: dict) -> st
         worth = "; checks the pipeline, not the paper's claim" if section.scale in PIPELINE_SCALES else ""
         parts += [
             (
-                f"**{name}, {section.scale} scale, n = {seeds} seeds.** Made by `python -m reproduce.{experiment} --scale "
-                f"{section.scale} --optimizers {section.optimizer}`{worth}."
+                f"**{name}, {section.scale} scale, n = {seeds} seeds.** Made by `python -m reproduce.{experiment} "
+                f"--scale {section.scale} --optimizers {section.optimizer}`{worth}."
             ),
             tables.brief(section, reported),
         ]

@@ -56,8 +56,9 @@ class Selector(Protocol):
 
     ``select`` leaves parameters, ``.grad``, optimizer state, module types, training flags and
     every RNG but ``generator`` bit-identical.  ``candidates`` is whatever ``sequences.as_sequences``
-    takes: a (n, t) tensor of tokens, a data loader's batch with masks, anything with ``.tokens``.  A selector that carries something from step to step returns
-    it from ``state_dict`` (plain values), so that a resumed run is the same run.
+    takes: a (n, t) tensor of tokens, a data loader's batch with masks, anything with ``.tokens``.
+    A selector that carries something from step to step returns it from ``state_dict`` (plain
+    values), so that a resumed run is the same run.
     """
 
     def select(

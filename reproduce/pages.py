@@ -3,7 +3,7 @@
     python -m reproduce.pages                       # results/
     python -m reproduce.pages --results results/ci  # another folder of records
 
-The core cannot know the experiments, and the results page needs not: `opus_bench.site` binds whatever pages lie
+The core cannot know the experiments, and the results page needs not: `opus_bench.site.page` binds whatever pages lie
 in the folder.  So this command writes them all and then binds them, and `opus-bench report` binds the same files.
 """
 
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from opus_bench import site
+from opus_bench.site import page as site
 from opus_bench.figures import OPTIMIZERS
 from opus_bench.report import update_readme
 from opus_bench.results import load

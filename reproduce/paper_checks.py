@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from opus_bench.doctor import Check
-from opus_bench.paper_suite import hub_problem
+from opus_bench.evaluation.paper_suite import hub_problem
 
 from . import paper_commands as commands
 from .paper_cost import Rates, disk, memory_per_gpu, size

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from opus_bench.pretrain import PretrainConfig
+from opus_bench.distributed.pretrain import PretrainConfig
 
 WINDOW = 512  # tokens scored per sequence [P]
 SKETCH_WIDTH = 8192  # buckets per weight [P]

@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 from baselines import build_selector
 from opus_bench import hashing, provenance, results, schema
-from opus_bench.distributed import World
+from opus_bench.distributed.world import World
 from opus_bench.layers import layer_names
 from opus_bench.model import SIZES, OpusGPT2, OpusGPT2Config
-from opus_bench.pool import ShardPool
-from opus_bench.pretrain import SharedProgress, pretrain
+from opus_bench.pools.pool import ShardPool
+from opus_bench.distributed.pretrain import SharedProgress, pretrain
 from opus_bench.selector import Opus, Selector
-from opus_bench.shared_selection import SharedOpus, check_scope
+from opus_bench.distributed.selection import SharedOpus, check_scope
 from opus_bench.train import set_determinism, weights_sha256
 from opus_bench.validation.own_inputs import model_outline, read_model
 from opus_bench.validation.own_settings import OwnSettings

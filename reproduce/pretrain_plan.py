@@ -14,12 +14,12 @@ from torch import nn
 from baselines import build_selector
 from baselines.greats import Greats
 from baselines.perplexity import Perplexity
-from opus_bench.distributed import PARALLELISM
+from opus_bench.distributed.world import PARALLELISM
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.model import SIZES
-from opus_bench.pretrain import PretrainConfig
+from opus_bench.distributed.pretrain import PretrainConfig
 from opus_bench.selector import Opus
-from opus_bench.shared_selection import SCOPES
+from opus_bench.distributed.selection import SCOPES
 
 from .presets import METHODS, PRESETS, Method, Preset, steps_for
 

@@ -78,8 +78,8 @@ SCALES = {
         sketch_width=8192,
         suite_size=200,
         seeds=5,
-        note="cpu scale: some hours on two cores, a small model; it says what this code does at this size, not what the "
-             "paper's model would.",
+        note="cpu scale: some hours on two cores, a small model; it says what this code does at this size, not "
+             "what the paper's model would.",
         deviations=_deviations("1.7 M parameters (6 layers, width 128, vocabulary 4,096)", " of .02",
                                "256 tokens, buffer 16, score window 64"),
     ),

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from opus_bench.paper_tasks import CPT_TASKS
+from opus_bench.evaluation.paper_tasks import CPT_TASKS
 from opus_bench.sources import END_OF_TEXT
 
 from .paper_commands import place_of

@@ -52,7 +52,7 @@ class Run:
     @property
     def preloaded(self) -> tuple[str, ...]:
         """Modules that are imported once for all workers."""
-        evaluation = ("opus_bench.evaluate", "lm_eval.models.huggingface")
+        evaluation = ("opus_bench.evaluation.evaluate", "lm_eval.models.huggingface")
         return ("baselines", "opus_bench.train", *(evaluation if self.suite else ()))
 
     @property
@@ -176,8 +176,8 @@ class Run:
         return record
 
     def _evaluate(self, model, corpus: Corpus, suite) -> list[dict]:
-        from opus_bench.evaluate import evaluate
-        from opus_bench.paper_suite import PAPER_TASKS, evaluate_paper_suite, hub_problem
+        from opus_bench.evaluation.evaluate import evaluate
+        from opus_bench.evaluation.paper_suite import PAPER_TASKS, evaluate_paper_suite, hub_problem
 
         rows = evaluate(model, corpus.tokenizer(), suite) if suite else []
         if self.paper_tasks:
@@ -223,6 +223,6 @@ def locked(results_dir: Path, run_id: str) -> Iterator[Path]:
 
 @functools.lru_cache
 def _suite(corpus: Corpus, size: int):
-    from opus_bench.suite import corpus_suite
+    from opus_bench.evaluation.suite import corpus_suite
 
     return corpus_suite(corpus, size, SUITE_SEED)

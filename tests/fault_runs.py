@@ -38,7 +38,7 @@ TOY = dict(model="ci", steps=8, length=24, buffer=6, proxy_size=3, evaluations=4
 OPUS = {"adamw": {"arm": "calibrated", "window": 12, "proxy_every": 4, "microbatch": 2},
         "muon": {"arm": "paper", "window": 12, "sketch_width": 64}}
 SCALE = Scale("toy", SPEC, TOY, window=12, sketch_width=64, suite_size=0, seeds=1, note="toy scale")
-HEAVY = ("baselines", "reproduce.runner", "reproduce.training", "opus_bench.evaluate")
+HEAVY = ("baselines", "reproduce.runner", "reproduce.training", "opus_bench.evaluation.evaluate")
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*HEAVY, "pytest"])

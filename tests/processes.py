@@ -68,7 +68,7 @@ def _work(function, rank: int, size: int, port: int, scratch: str, arguments: tu
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    from opus_bench.distributed import World
+    from opus_bench.distributed.world import World
 
     world = World.start()
     try:

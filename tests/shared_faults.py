@@ -22,9 +22,9 @@ from fault_runs import CONTEXT, HEAVY
 from processes import free_port
 from shared_jobs import small_qwen3
 
-import opus_bench.pretrain as pretraining
+import opus_bench.distributed.pretrain as pretraining
 from opus_bench.results import load, outcome
-from opus_bench.shards import write_shard
+from opus_bench.pools.shards import write_shard
 from reproduce import pretrain as command
 
 SIZE = 2

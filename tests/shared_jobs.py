@@ -14,17 +14,17 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
-import opus_bench.pretrain as pretraining
+import opus_bench.distributed.pretrain as pretraining
 from baselines.greats import Greats
-from opus_bench import shared_selection
-from opus_bench.distributed import World, parallelize, shared_mean_gradient
+from opus_bench.distributed import selection as shared_selection
+from opus_bench.distributed.world import World, parallelize, shared_mean_gradient
 from opus_bench.ghost import full
 from opus_bench.gradients import layer_names, parameter_names
-from opus_bench.pretrain import PretrainConfig, pretrain
+from opus_bench.distributed.pretrain import PretrainConfig, pretrain
 from opus_bench.selector import Opus, TrainState
 from opus_bench.sequences import Sequences, sample_losses
-from opus_bench.sharded_state import LivePreconditioners, ShardedMuon
-from opus_bench.shared_selection import SharedOpus
+from opus_bench.distributed.state import LivePreconditioners, ShardedMuon
+from opus_bench.distributed.selection import SharedOpus
 from opus_bench.train import build_optimizers, set_schedule
 
 CONFIG = dict(steps=5, length=12, buffer=8, proxy_size=4, proxy_length=10, adam_lr=1e-2, muon_lr=1e-2,

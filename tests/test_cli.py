@@ -176,7 +176,7 @@ def test_columns_are_aligned():
 def machine(monkeypatch, tmp_path):
     """doctor on a machine with an empty cache; the hub and the index are stubs."""
     doctor = pytest.importorskip("opus_bench.doctor")
-    suite = pytest.importorskip("opus_bench.paper_suite")
+    suite = pytest.importorskip("opus_bench.evaluation.paper_suite")
     monkeypatch.setenv("OPUS_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(suite, "hub_problem", lambda: "the cable is out")
     monkeypatch.setattr(doctor, "locate", lambda archive: None)

@@ -10,9 +10,9 @@ from test_web import tokenizer  # noqa: F401 a fixture: a byte a token
 
 from opus_bench import cli
 from opus_bench.archives import CorpusError
-from opus_bench.contamination import EvaluationItem, RunIndex, contamination, read_items, task_items
-from opus_bench.pool_build import build_pool
-from opus_bench.pool_spec import PoolSpec
+from opus_bench.pools.contamination import EvaluationItem, RunIndex, contamination, read_items, task_items
+from opus_bench.pools.build import build_pool
+from opus_bench.pools.spec import PoolSpec
 
 WORDS = [f"w{k}" for k in range(40)]
 
@@ -114,7 +114,7 @@ def test_items_of_lm_eval_s_tasks(tmp_path, monkeypatch):
               "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/mine.yaml").write_text(json.dumps(config))
-    monkeypatch.setattr("opus_bench.evaluate.TEMPLATES", tmp_path / "tasks")
+    monkeypatch.setattr("opus_bench.evaluation.evaluate.TEMPLATES", tmp_path / "tasks")
     only_mine = functools.partial(tasks.TaskManager, include_defaults=False)  # listing lm-eval's own takes seconds
     monkeypatch.setattr(tasks, "TaskManager", only_mine)
     (item,) = task_items(["mine"])

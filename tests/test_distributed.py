@@ -13,14 +13,14 @@ import torch
 from processes import results
 from small_models import tokens
 
-from opus_bench.distributed import World, parallelize
+from opus_bench.distributed.world import World, parallelize
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.gradients import mean_gradient
 from opus_bench.preconditioner import preconditioners
-from opus_bench.pretrain import PretrainConfig
+from opus_bench.distributed.pretrain import PretrainConfig
 from opus_bench.selector import TrainState
-from opus_bench.sharded_state import LivePreconditioners
-from opus_bench.shared_selection import SharedOpus, check_scope, step_generator
+from opus_bench.distributed.state import LivePreconditioners
+from opus_bench.distributed.selection import SharedOpus, check_scope, step_generator
 from opus_bench.train import build_optimizers, set_schedule, update
 
 EXACT = dict(rtol=1e-10, atol=1e-10)

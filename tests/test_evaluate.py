@@ -20,16 +20,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from opus_bench import items as rules
-from opus_bench import model_evaluation, paper_items, paper_suite, tables
-from opus_bench import suite as suites
-from opus_bench.evaluate import TEMPLATES, evaluate
-from opus_bench.evaluate_command import EvaluationSettings
-from opus_bench.paper_suite import PAPER_TASKS, PaperTask, evaluate_paper_suite
+from opus_bench.evaluation import items as rules
+from opus_bench import tables
+from opus_bench.evaluation import records as model_evaluation
+from opus_bench.evaluation import paper_items
+from opus_bench.evaluation import paper_suite
+from opus_bench.evaluation import suite as suites
+from opus_bench.evaluation.evaluate import TEMPLATES, evaluate
+from opus_bench.evaluation.command import EvaluationSettings
+from opus_bench.evaluation.paper_suite import PAPER_TASKS, PaperTask, evaluate_paper_suite
 from opus_bench.results import record_path
-from opus_bench.samples import paired_samples, read_samples, samples_folder, samples_path
+from opus_bench.evaluation.samples import paired_samples, read_samples, samples_folder, samples_path
 from opus_bench.schema import check_eval
-from opus_bench.suite import load_suite, write_suite
+from opus_bench.evaluation.suite import load_suite, write_suite
 
 SIZE = 8
 END = "<|endoftext|>"

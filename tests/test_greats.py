@@ -7,7 +7,7 @@ import torch
 
 from baselines import build_selector
 from baselines.greats import Greats
-from opus_bench.distributed import World
+from opus_bench.distributed.world import World
 from opus_bench.gradients import exact_per_sample_grads
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.selector import TrainState

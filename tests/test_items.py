@@ -10,16 +10,9 @@ from collections import Counter
 
 import pytest
 
-from opus_bench import items as rules
-from opus_bench.items import (
-    Item,
-    Lexicon,
-    build_items,
-    from_jsonl,
-    split_sentences,
-    surface_baselines,
-    to_jsonl,
-    word_counts,
+from opus_bench.evaluation import items as rules
+from opus_bench.evaluation.items import (
+    Item, Lexicon, build_items, from_jsonl, split_sentences, surface_baselines, to_jsonl, word_counts,
 )
 
 SIZE = 24
@@ -210,6 +203,11 @@ def test_sentences_with_brackets_quotes_or_odd_lengths_are_left_out():
 def test_items_survive_writing_and_reading(items):
     for task in items.values():
         assert from_jsonl(to_jsonl(task)) == task
+
+
+def test_a_separator_of_lines_inside_a_text_ends_no_line():
+    odd = [Item("one\u2028two\x85", ("a\x0b", "b\u2029"), 1, "c")]
+    assert from_jsonl(to_jsonl(odd)) == odd
 
 
 def test_errors_name_the_offending_value(documents, reference):

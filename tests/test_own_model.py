@@ -471,7 +471,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(folder, capsys, monkeypatch, u
     line = error_line(capsys, ["validate", "--model", "no-such/model", "--data", folder / "text.txt"])
     assert "no-such/model" in line and "HF_HUB_OFFLINE is set" in line and "give a folder that save_pretrained" in line
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("opus_bench.paper_suite.hub_problem", lambda: "the cable is out")
+    monkeypatch.setattr("opus_bench.evaluation.paper_suite.hub_problem", lambda: "the cable is out")
     assert "(the cable is out)" in error_line(capsys, ["validate", "--model", "no-such/model", "--data",
                                                        folder / "text.txt"])
     line = error_line(capsys, ["validate", "--model", folder / "gpt2", "--tokenizer", "no-such/tokenizer", "--data",

@@ -20,18 +20,20 @@ from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, Pretraine
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from opus_bench import cli, model_evaluation, paper_suite, results, tables
-from opus_bench.evaluate import undisturbed
-from opus_bench.evaluate_command import EvaluationSettings
+from opus_bench import cli, results, tables
+from opus_bench.evaluation import records as model_evaluation
+from opus_bench.evaluation import paper_suite
+from opus_bench.evaluation.evaluate import undisturbed
+from opus_bench.evaluation.command import EvaluationSettings
 from opus_bench.model import OpusGPT2, OpusGPT2Config
-from opus_bench.model_evaluation import evaluate_model, plan
-from opus_bench.paper_items import CannotLoad, Loader, count_note, revision, split_of
-from opus_bench.paper_suite import evaluate_paper_suite, evaluate_tasks
-from opus_bench.paper_tasks import CPT_TASKS, OOD_TASKS, PAPER_TASKS, SUITES, PaperTask
-from opus_bench.samples import paired_samples, read_samples, samples_folder, samples_path, write_samples
+from opus_bench.evaluation.records import evaluate_model, plan
+from opus_bench.evaluation.paper_items import CannotLoad, Loader, count_note, revision, split_of
+from opus_bench.evaluation.paper_suite import evaluate_paper_suite, evaluate_tasks
+from opus_bench.evaluation.paper_tasks import CPT_TASKS, OOD_TASKS, PAPER_TASKS, SUITES, PaperTask
+from opus_bench.evaluation.samples import paired_samples, read_samples, samples_folder, samples_path, write_samples
 from opus_bench.schema import RecordError, check_eval
 from opus_bench.sections import Row
-from opus_bench.tasks import paper_functions
+from opus_bench.evaluation.tasks import paper_functions
 
 END = "<|endoftext|>"
 EVALUATED = {  # lm-eval's tasks and the split each is evaluated on, but MMLU's and BBH's many
@@ -580,6 +582,12 @@ def test_two_runs_are_paired_item_by_item(folder, data, tmp_path, tokenizer, sho
         paired_samples(*paths, tasks=["BBH"])
     with pytest.raises(ValueError, match="has no items"):
         paired_samples(paths[0], tmp_path)
+
+
+def test_a_separator_of_lines_inside_an_answer_ends_no_line(tmp_path):
+    sample = {"part": "t", "doc": 0, "sha": "x", "correct": 1.0, "answer": "one\u2028two\x85"}
+    write_samples(tmp_path / "t.jsonl.gz", [{"task": "T"}], [sample, sample], 0.5)
+    assert read_samples(tmp_path / "t.jsonl.gz")[1] == [sample, sample]
 
 
 def test_a_damaged_file_of_items_is_refused(tmp_path):

@@ -13,10 +13,10 @@ import shared_jobs as jobs
 import torch
 from processes import results, run
 
-from opus_bench.distributed import World
-from opus_bench.pretrain import PretrainConfig, pretrain, update
+from opus_bench.distributed.world import World
+from opus_bench.distributed.pretrain import PretrainConfig, pretrain, update
 from opus_bench.sequences import Sequences
-from opus_bench.sharded_checkpoint import newest, newest_whole, read
+from opus_bench.distributed.checkpoint import newest, newest_whole, read
 from opus_bench.train import build_optimizers, rate_factor
 
 # a proxy gradient that serves two steps, from the third of which the resumed run goes on

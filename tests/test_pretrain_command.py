@@ -13,7 +13,7 @@ import shared_jobs as jobs
 import torch
 from transformers import AutoModelForCausalLM
 
-from opus_bench import pretrain as training
+from opus_bench.distributed import pretrain as training
 from opus_bench import results
 from reproduce import pretrain as command
 from reproduce.presets import METHODS, PRESETS, WINDOW
@@ -117,8 +117,8 @@ def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method
 
 
 def test_two_processes_of_torchrun_train_as_one_process_does(qwen3, tmp_path):
-    pool = pytest.importorskip("opus_bench.pool")
-    from opus_bench.shards import write_shard
+    pool = pytest.importorskip("opus_bench.pools.pool")
+    from opus_bench.pools.shards import write_shard
 
     for name in ("pool", "proxies"):
         tokens = np.random.default_rng(len(name)).integers(0, 50, 2_000).astype(np.uint16)

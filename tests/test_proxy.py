@@ -16,13 +16,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from opus_bench import cli, proxy, scored_pool
+from opus_bench import cli
+from opus_bench.documents import proxy
+from opus_bench.documents import scored as scored_pool
 from opus_bench.archives import MODELS
-from opus_bench.embedding import MeanPooledEncoder, bundled_minilm, load_encoder, model_identity
-from opus_bench.documents import Fields, pool_files
-from opus_bench.proxy import PAPER, MaxCosine, no_preference, released_rule, standard_rule, token_counter
-from opus_bench.proxy_items import Items, LeakageWarning, file_items, merged, task_items
-from opus_bench.scored_pool import Rule, choose, gumbel, open_plan, score_files, write_chosen
+from opus_bench.documents.embedding import MeanPooledEncoder, bundled_minilm, load_encoder, model_identity
+from opus_bench.documents.files import Fields, pool_files
+from opus_bench.documents.proxy import PAPER, MaxCosine, no_preference, released_rule, standard_rule, token_counter
+from opus_bench.documents.items import Items, LeakageWarning, file_items, merged, task_items
+from opus_bench.documents.scored import Rule, choose, gumbel, open_plan, score_files, write_chosen
 from small_models import FIVE_SIGMA
 
 WORDS = "river stone planet music query: war king cell law bread winter atom".split()
@@ -443,7 +445,7 @@ def test_items_of_files_are_texts_or_questions_with_answers(tmp_path):
 @pytest.fixture
 def command(pool, tmp_path, monkeypatch):
     """`opus-bench proxy` with a tiny encoder; returns (exit code, folder)."""
-    from opus_bench import embedding
+    from opus_bench.documents import embedding
 
     monkeypatch.setattr(embedding, "load_encoder", lambda *options: tiny_encoder())
     tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))

@@ -396,10 +396,14 @@ def test_every_measurement_hashes_what_it_imports_of_validation():
 
 
 def test_no_module_that_makes_numbers_imports_one_outside_the_code_version():
-    unhashed = "|".join(sorted({*provenance.UNHASHED, provenance.VALIDATION}))
-    unwanted = rf"^\s*from (opus_bench)?\.({unhashed}) import|^\s*from (opus_bench|\.) import .*\b({unhashed})\b"
-    paths = [path for folder in ("opus_bench", "baselines") for path in (provenance.ROOT / folder).glob("*.py")]
-    hashed = [path for path in paths if path.stem not in provenance.UNHASHED]
+    folders = (provenance.SITE, provenance.VALIDATION)
+    unhashed = "|".join(sorted({*provenance.UNHASHED, *folders}))
+    packages = "|".join(path.parent.name for path in (provenance.ROOT / "opus_bench").glob("*/__init__.py"))
+    package = rf"(opus_bench|\.+)(\.?({packages}))?"
+    unwanted = (rf"^\s*from (opus_bench)?\.+(\w+\.)*({unhashed})(\.\w+)* import"
+                rf"|^\s*from {package} import .*\b({unhashed})\b")
+    paths = [path for folder in ("opus_bench", "baselines") for path in (provenance.ROOT / folder).rglob("*.py")]
+    hashed = [path for path in paths if path.stem not in provenance.UNHASHED and path.parent.name not in folders]
     assert len(hashed) > 10
     for path in hashed:
         assert not re.search(unwanted, path.read_text(), re.MULTILINE), path

@@ -30,8 +30,8 @@ from baselines.pipeline import Resources, ScorePool, executor
 from baselines.quality import StaticQuality, TextClassifier, classifier_scores
 from baselines.raters import CRITERIA, FineWebEdu, QuRating
 from baselines.scorers import PUBLISHED, ScorerOptions, build_scorer
-from opus_bench.documents import Fields, pool_files
-from opus_bench.scored_pool import Rule, choose, gumbel, summaries
+from opus_bench.documents.files import Fields, pool_files
+from opus_bench.documents.scored import Rule, choose, gumbel, summaries
 from test_proxy import TINY, WORDS, chosen, pool, some_texts, tiny_encoder, tiny_tokenizer  # noqa: F401
 
 ONE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from opus_bench.archives import CorpusError, file_sha256
-from opus_bench.pool import ShardPool
-from opus_bench.shards import json_bytes, read_mask, read_shard, token_dtype, write_shard
+from opus_bench.pools.pool import ShardPool
+from opus_bench.pools.shards import json_bytes, read_mask, read_shard, token_dtype, write_shard
 
 LENGTH = 4
 SIZES = {"a/0.bin": 23, "a/1.bin": 8, "b/0.bin": 17}  # 5, 2 and 4 sequences of 4 tokens
@@ -140,7 +140,7 @@ def test_masks_follow_their_tokens_and_others_count(folder):
 
 def test_more_shards_than_may_be_open(folder, monkeypatch):
     want = ShardPool(folder).sequences(range(11), LENGTH).tokens
-    monkeypatch.setattr("opus_bench.pool.OPEN_SHARDS", 1)
+    monkeypatch.setattr("opus_bench.pools.pool.OPEN_SHARDS", 1)
     pool = ShardPool(folder)
     assert torch.equal(pool.sequences(range(11), LENGTH).tokens, want)
     assert pool._map.cache_info().currsize == 1

@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 from test_report import REPORTED, grid, record_of, written
 
-from opus_bench import figures, report, results, site, site_figures, site_pages, site_summary
+from opus_bench import figures, report, results
+from opus_bench.site import page as site
+from opus_bench.site import figures as site_figures
+from opus_bench.site import markup as site_pages
+from opus_bench.site import summary as site_summary
 from opus_bench.schema import RecordError
 from opus_bench.sections import arrange, label_of
 from opus_bench.tables import paper_cells

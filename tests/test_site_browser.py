@@ -12,7 +12,8 @@ import pytest
 from test_report import REPORTED, grid, record_of, written
 from test_site import HOSTILE, ROOT
 
-from opus_bench import report, results, site
+from opus_bench import report, results
+from opus_bench.site import page as site
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 pytestmark = pytest.mark.network  # may fetch the browser

@@ -11,14 +11,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from opus_bench import archives, cli, pool_blocks, pool_build
+from opus_bench import archives, cli
+from opus_bench.pools import blocks as pool_blocks
+from opus_bench.pools import build as pool_build
 from opus_bench.archives import CorpusError
-from opus_bench.pool import ShardPool
-from opus_bench.pool_build import build_pool
-from opus_bench.pool_spec import PoolSpec
-from opus_bench.shards import read_mask, read_shard
-from opus_bench.tokenizing import load_tokenizer
-from opus_bench.web import list_files, parse_source, read_batches
+from opus_bench.pools.pool import ShardPool
+from opus_bench.pools.build import build_pool
+from opus_bench.pools.spec import PoolSpec
+from opus_bench.pools.shards import read_mask, read_shard
+from opus_bench.pools.tokenizing import load_tokenizer
+from opus_bench.pools.web import list_files, parse_source, read_batches
 
 END = 256
 ROWS = {  # by file: (score, text); a character is a token, a document has one more
@@ -366,7 +368,7 @@ def test_hub_files_are_pinned_to_the_commit_of_the_branch(monkeypatch):
                 yield RepoFile(path=name, size=7, oid="o", lfs={"size": 7, "oid": "5a", "pointerSize": 1})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr("opus_bench.paper_suite.hub_problem", lambda: None)
+    monkeypatch.setattr("opus_bench.evaluation.paper_suite.hub_problem", lambda: None)
     commit, files = list_files(parse_source("fineweb", "sample-10BT", "main"))
     assert commit == "c0ffee"
     assert [file["url"] for file in files] == [f"hf://datasets/HuggingFaceFW/fineweb@c0ffee/sample/10BT/00{k}.parquet"
@@ -404,7 +406,7 @@ def test_the_command_prints_what_it_made_and_what_is_short(texts, tokenizer, tmp
 
 
 def test_a_dry_run_estimates_what_is_there(texts, tokenizer):
-    from opus_bench.pool_commands import estimate
+    from opus_bench.pools.command import estimate
 
     spec = PoolSpec((f"mine={texts / 'a.parquet'}",), str(tokenizer), tokens=100)
     (_, found, note), = estimate(spec)
@@ -414,7 +416,7 @@ def test_a_dry_run_estimates_what_is_there(texts, tokenizer):
 
 
 def test_a_hub_out_of_reach_is_one_line_before_anything_starts(tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("opus_bench.paper_suite.hub_problem", lambda: "ConnectError: no route")
+    monkeypatch.setattr("opus_bench.evaluation.paper_suite.hub_problem", lambda: "ConnectError: no route")
     for more in ([], ["--dry-run"]):
         words = ["data", "--source", "fineweb", "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"), *more]
         assert cli.main(words) == 2
@@ -427,7 +429,7 @@ def test_a_hub_out_of_reach_is_one_line_before_anything_starts(tokenizer, tmp_pa
 def test_a_tokenizer_without_the_token_or_without_a_place(tmp_path, tokenizer, texts, monkeypatch):
     with pytest.raises(CorpusError, match="has no token '</s>'; give --end-of-text"):
         build_pool(PoolSpec((str(texts),), str(tokenizer), end_of_text="</s>"), tmp_path, progress=False)
-    monkeypatch.setattr("opus_bench.paper_suite.hub_problem", lambda: "no route")
+    monkeypatch.setattr("opus_bench.evaluation.paper_suite.hub_problem", lambda: "no route")
     with pytest.raises(CorpusError, match=r"tokenizer 'Qwen/Qwen3-8B-Base' is no file .* \(no route\); give gpt2"):
         load_tokenizer("Qwen/Qwen3-8B-Base")
     (tmp_path / "tokenizer.json").write_text("{}")

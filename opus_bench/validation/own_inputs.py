@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..shards import is_shard, read_shard
+from ..pools.shards import is_shard, read_shard
 from .own_settings import TEXT, OwnSettings
 
 DOCUMENTS = 256  # tokenised at once
@@ -49,7 +49,7 @@ def hub_problem() -> str | None:
     """Why the hub cannot be asked, or None; a few seconds at most."""
     from huggingface_hub import constants
 
-    from ..paper_suite import hub_problem as unreachable
+    from ..evaluation.paper_suite import hub_problem as unreachable
 
     return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable()
 

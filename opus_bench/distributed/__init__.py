@@ -1,0 +1,1 @@
+"""Training by several processes: their layout, sharded state, one selection, checkpoints."""

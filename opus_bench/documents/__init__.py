@@ -1,0 +1,1 @@
+"""Pools of documents: read, embedded, scored and cut; BENCH-PROXY."""
