@@ -2,7 +2,7 @@
 
     python -m reproduce.figure5_6 --scale paper --dry-run    # runs, cost, preparation, what is missing
     python -m reproduce.figure5_6 --scale paper              # 8 GPUs
-    python -m reproduce.figure5_6 --scale ci                 # about 1 min, 1 CPU core: exercises the code
+    python -m reproduce.figure5_6 --scale ci                 # 1 to 2 min, 1 CPU core: exercises the code
 
 Accuracy on OlympicArena and on SciAssess against update tokens, at .5, 1 and 1.5 billion, Random beside OPUS in its
 three arms.  Which other methods the paper's figures hold is not in our sources.  SciencePedia has no public copy that
@@ -80,7 +80,7 @@ def accuracy(row: Row, task: str) -> dict[int, list[float]]:
 def table(section: Section) -> str:
     """Accuracy by method, task and tokens."""
     tokens = sorted({at for row in section.rows for task in TASKS for at in accuracy(row, task)})
-    header = ["method", "task", *(f"{at:.2g} tokens (%)" for at in tokens)]
+    header = ["method", "task", *(f"{at:.3g} tokens (%)" for at in tokens)]
     lines = [[row.label, task, *(mean(accuracy(row, task).get(at, []), 2) for at in tokens)]
              if accuracy(row, task) else [row.label, task, *[NONE] * len(tokens)]
              for row in section.rows for task in TASKS]

@@ -70,7 +70,7 @@ def test_the_path_of_the_paper_scale_from_text_to_figure(started, tmp_path, caps
         assert len(set(weights)) == 2 and evaluated[0] != evaluated[1]
     assert records["Random"]["final"] != records["OPUS"]["final"]
     page = (tmp_path / "results" / "tables" / "figure5_6.md").read_text()
-    assert "| method | task | 1.3e+02 tokens (%) | 2.6e+02 tokens (%) |" in page
+    assert "| method | task | 128 tokens (%) | 256 tokens (%) |" in page
     assert "| Random | SciAssess medicine | – | – |" in page
     assert all(f"| OPUS (paper) | {task} | 0.00 | 0.00 |" in page for task in TASKS[:-1])
     assert (tmp_path / "results" / "figures" / "figure5_6_ci_muon.svg").exists()
