@@ -128,13 +128,17 @@ class Trial:
 
 
 def kill_before_write(trial: Trial) -> None:
-    """kill -9 just before a file of the results is opened, named or deleted for the n-th time; n = 0: count them."""
-    seen = 0
+    """kill -9 just before a file of the results is opened, named or deleted for the n-th time; n = 0: count them.
+
+    The trial may be a rank of shared_faults.py.
+    """
+    seen, named = 0, ("os.rename", "os.link", "os.remove", "shutil.rmtree")
 
     def watch(event: str, arguments: tuple) -> None:
         nonlocal seen
         opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (opened or event in ("os.rename", "os.link", "os.remove", "shutil.rmtree")) and str(trial.results) in str(arguments[0]):
+        in_a_tree = event == "os.remove" and arguments[1] != -1  # of one that rmtree deletes
+        if in_a_tree or (opened or event in named) and str(trial.results) in str(arguments[0]):
             seen += 1
             if seen == trial.options["n"]:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,6 @@
 """Which faults a run survives, counted by running the tests that put them upon it.
 
-    python -m tests.faults            # runs them, about four minutes; writes docs/faults.json and docs/faults.md
+    python -m tests.faults            # runs them, about six minutes; writes docs/faults.json and docs/faults.md
     python -m tests.faults --offline  # without the tests that need a package index, whose rows then say so
     python -m tests.faults --page     # docs/faults.md again from docs/faults.json, without running anything
 
@@ -80,6 +80,27 @@ FAULTS = [
         "faults::test_surroundings_change_no_number"]),
     ("two grids in one folder at once", "both end well, each run is made once, no record is lost", [
         "faults::test_two_grids_in_one_folder_at_once"]),
+    ("two processes train one model: kill -9 of one or of both, at moments spread over the run and just before a file "
+     "is opened, named or deleted", f"the others end, by themselves or by the launcher's SIGTERM; {RECOVERED}", [
+         "shared_faults::test_killed_at_moments_spread_over_the_run",
+         "shared_faults::test_killed_just_before_a_file_is_opened_named_or_deleted"]),
+    ("two processes: one ended by the kernel in the middle of writing its shard", f"{RECOVERED}; half is never read", [
+        "shared_faults::test_ended_in_the_middle_of_writing_a_shard"]),
+    ("two processes: no room for one's shard, or for the last file of a checkpoint",
+     f"the same error on both, which names the checkpoint that stays in force; {RECOVERED}", [
+         "shared_faults::test_no_room_for_a_shard_of_one_process",
+         "shared_faults::test_no_room_for_the_last_file_of_a_checkpoint"]),
+    ("checkpoint of two processes with a file cut or altered", "a warning names it, the one before is used; same end", [
+        "shared_faults::test_a_damaged_checkpoint_gives_way_to_the_one_before"]),
+    ("checkpoint of two processes with a file cut, altered or lost, as one process finds it",
+     "a warning names it, the one before is in force", [
+         "pretrain::test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_in_force"]),
+    ("two processes: NaN gradient on one alone", f"one error on each names the step; mended, {RECOVERED}", [
+        "shared_faults::test_a_gradient_that_is_nan_on_one_process_is_one_error"]),
+    ("two processes killed, the same command given to one", "it goes on; the same choices, losses to rounding", [
+        "shared_faults::test_a_run_of_two_killed_processes_goes_on_in_one"]),
+    ("two processes: the same command given twice at once in one folder", "both end well, with one record", [
+        "shared_faults::test_the_same_run_started_twice_at_once_in_one_folder"]),
     ("two processes write one record", "the first is kept, another one is refused", [
         "results::test_two_writers_cannot_overwrite_each_other"]),
     ("checkpoint, token ids, optimizer state or scores that carry a pickle's payload", "refused; not executed", [
@@ -141,9 +162,9 @@ def page(counts: dict) -> str:
         rows.append([fault, *([str(trials), f"{good}{missing}"] if found else ["not run", "–"]), done, links])
     environment = ", ".join(f"{key} {value}" for key, value in counts["environment"].items())
     head = (f"Made by `{counts['command']}` in {counts['seconds']:.0f} s: {environment}, code version "
-            f"{counts['code_version'][:12]}. A trial is one fault put upon one run at ci scale, in one process; each "
-            "number is counted by the tests of its row. \"The same record\" is equality of losses, choices, "
-            "diagnostics and the hash of the weights, bit for bit.")
+            f"{counts['code_version'][:12]}. A trial is one fault put upon one run at ci scale, in one process "
+            "where two are not named; each number is counted by the tests of its row. \"The same record\" is equality "
+            "of losses, choices, diagnostics and the hash of the weights, bit for bit.")
     table = markdown(["fault", "trials", "ended so", "how", "tests"], rows)
     return "\n\n".join(["# Faults", head, table, NOTES])
 
@@ -153,6 +174,10 @@ NOTES = """## What is meant
 - **Checkpoints.** Two are kept, the last and the one before, so a run needs three times its state on disk while it
   writes one. Every member's checksum is compared before a checkpoint is used, since `torch.load` alone reads altered
   weights without a word. A damaged one is set aside as `checkpoint.pt.damaged` until the run is done.
+- **Several processes.** Two gloo processes on the CPU run the command of `reproduce.pretrain` under FSDP2 (Muon,
+  sketched scores) and DDP (AdamW, exact scores). Every file of their checkpoint has its SHA-256 in the checkpoint's
+  last file, and all are compared before it is used. A process whose group lost one ends at its next message; one that
+  waits for a process that has not joined yet ends by the launcher's SIGTERM. All must see the same folder.
 - **Out of memory.** Exact alignment, sketch and central difference are computed over again with half the microbatch,
   and the size that fitted is part of the selector's state. Utilities of two sizes differ by rounding, so such a run is
   replayed bit for bit by giving `microbatch` that size; the record's notes say which. The exact Gram, the measured
@@ -163,8 +188,9 @@ NOTES = """## What is meant
 - **Loading.** `torch.load` with `weights_only=True`, `numpy.load` with `allow_pickle=False`, models from safetensors,
   archives only ever read into memory; a test reads the source for whatever else would execute what it reads
   ([test_safe_loading.py](../tests/test_safe_loading.py)). The user's flag `--trust-remote-code` is the one exception.
-- **Not covered.** Loss of power (files are flushed, their folder's entry may not be), faults of several processes that
-  train one model, a disk that returns wrong bytes for a record and its hash at once.
+- **Not covered.** Loss of power (files are flushed, their folder's entry may not be), processes on several machines,
+  a network that stalls without closing (others wait 30 minutes), GPUs that fail, a disk that returns wrong bytes for a
+  record and its hash at once.
 """
 
 

@@ -14,10 +14,9 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # what takes seconds to import; nothing of ours, since the server's path is not pytest's
-CONTEXT.set_forkserver_preload([
-    "torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.qwen3.modeling_qwen3",
-])
+HEAVY = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.models.gpt2.modeling_gpt2",
+         "transformers.models.qwen3.modeling_qwen3")
+CONTEXT.set_forkserver_preload([*HEAVY])
 
 
 def free_port() -> int:

@@ -7,6 +7,8 @@ invented tokens and a model of two layers that lie in a folder of inputs.
 
 from __future__ import annotations
 
+import errno
+import inspect
 import json
 import multiprocessing
 import os
@@ -19,18 +21,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from fault_runs import CONTEXT, HEAVY
+from processes import HEAVY as SHARED
 from processes import free_port
 from shared_jobs import small_qwen3
 
 import opus_bench.distributed.pretrain as pretraining
-from opus_bench.results import load, outcome
+from opus_bench import provenance
 from opus_bench.pools.shards import write_shard
+from opus_bench.results import load, outcome
 from reproduce import pretrain as command
 
 SIZE = 2
 STEPS = 6
-CONTEXT.set_forkserver_preload([*HEAVY, "pytest", "reproduce.pretrain", "torch.distributed.checkpoint",
-                                "torch.distributed.fsdp", "transformers.models.qwen3.modeling_qwen3"])
+CONTEXT.set_forkserver_preload([*HEAVY, *SHARED, "pytest", "reproduce.pretrain"])
 SETTINGS = ["--steps", str(STEPS), "--length", "12", "--buffer", "4", "--window", "10", "--proxy-size", "4",
             "--validation-every", "3", "--validation-sequences", "3", "--checkpoint-every", "2",
             "--precision", "float32", "--adam-lr", "0.01", "--muon-lr", "0.01"]
@@ -66,12 +69,15 @@ class Rank:
     before: Callable[[Rank], None] | None = None  # called in the process ahead of the run
     options: dict = field(default_factory=dict)  # of that
     rank: int = 0
+    size: int = SIZE
     port: int = 0
+    version: str = field(default_factory=provenance.code_version)  # hashed once, not in every process
 
     def __call__(self) -> None:
-        os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "WORLD_SIZE": str(SIZE),
+        os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "WORLD_SIZE": str(self.size),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
         torch.set_num_threads(1)
+        provenance.code_version = lambda: self.version
         with open(self.log, "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -106,11 +112,12 @@ class Group:
     before: Callable[[Rank], None] | None = None
     options: dict = field(default_factory=dict)
     suffers: tuple[int, ...] = tuple(range(SIZE))  # ranks
+    size: int = SIZE
 
     def __post_init__(self) -> None:
         port = free_port()
         self.ranks = [Rank(self.inputs, self.results, self.variant, self.before if rank in self.suffers else None,
-                           self.options, rank, port) for rank in range(SIZE)]
+                           self.options, rank, self.size, port) for rank in range(self.size)]
 
     def start(self) -> list[multiprocessing.Process]:
         started = [CONTEXT.Process(target=rank) for rank in self.ranks]
@@ -137,13 +144,19 @@ class Group:
         assert None not in codes, "a process is left"
         return codes
 
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Of the run, also damaged and half-written ones, by name."""
+        return sorted(self.results.glob("work/*/checkpoints/*"))
+
     def outcome(self) -> dict:
         """That of the run's record; nothing half-written is left."""
         (record,) = load(self.results / "runs")
         assert [path.name for path in (self.results / "runs").iterdir()] == [f"{record['run_id']}.json"]
-        work = self.results / "work" / record["run_id"]
-        assert sorted(path.name for path in work.iterdir()) == ["checkpoints", "lock"]
-        assert [path.name for path in (work / "checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
+        assert [path.name for path in (self.results / "work").iterdir()] == [record["run_id"]]
+        assert sorted(path.name for path in (self.results / "work" / record["run_id"]).iterdir()) == [
+            "checkpoints", "lock"]
+        assert [path.name for path in self.checkpoints] == [f"step-{STEPS - 2:08d}", f"step-{STEPS:08d}"]
         return outcome(record)
 
 
@@ -165,18 +178,26 @@ def not_a_number(rank: Rank) -> None:
     pretraining.sample_losses = poisoned
 
 
+def no_room_for_a_name(rank: Rank) -> None:
+    """The disk is full when a file of a name is to be opened for writing."""
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "open" and Path(str(arguments[0])).name == rank.options["name"] and arguments[2] & os.O_WRONLY:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sys.addaudithook(watch)
+
+
 def at_step(rank: Rank) -> None:
     """Calls ``options["then"](rank, step)`` after every step."""
     real = command.pretrain
 
     def watched(*arguments):
-        *rest, on_step = arguments
-
         def after(done: int, loss: float) -> None:
-            on_step(done, loss)
+            call["on_step"](done, loss)
             rank.options["then"](rank, done)
 
-        return real(*rest, after)
+        call = inspect.signature(real).bind(*arguments).arguments
+        return real(**call | {"on_step": after})
 
     command.pretrain = watched
 

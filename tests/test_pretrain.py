@@ -106,7 +106,7 @@ def test_killed_while_a_checkpoint_is_written_the_former_is_in_force(alone, tmp_
     whole = jobs.train(alone, {}, jobs.arm("calibrated"))
     resumed = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path)
     torch.testing.assert_close(resumed["losses"], whole["losses"][in_force:], rtol=1e-10, atol=1e-10)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]  # nothing half written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]  # none half written
 
 
 class Harmful:
@@ -145,9 +145,10 @@ def turned(content):
 
 
 @pytest.mark.parametrize("name, damage", [
-    ("progress.json", lambda content: content[:-5]), ("progress.json", lambda content: content.replace(b"3", b"4", 1)),
-    ("progress.json", None), (".metadata", turned), (".metadata", None), ("__0_0.distcp", lambda content: content[:-100]),
-    ("__0_0.distcp", turned), ("__0_0.distcp", None)])
+    ("progress.json", lambda content: content[:-5]),
+    ("progress.json", lambda content: content.replace(b"3", b"4", 1)),
+    ("progress.json", None), (".metadata", turned), (".metadata", None),
+    ("__0_0.distcp", lambda content: content[:-100]), ("__0_0.distcp", turned), ("__0_0.distcp", None)])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_in_force(half, alone, tmp_path, name, damage):
     """A file that is cut, altered or (None) lost."""
     before, last = tmp_path / "step-00000002", tmp_path / "step-00000003"
@@ -165,13 +166,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_in_force(half, 
     assert (last.with_suffix(".damaged") / name).exists() == (damage is not None)
 
 
-def test_a_checkpoint_that_cannot_be_written_says_so_and_the_former_stays(alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data",
+                                   "opus_bench.distributed.checkpoint._put_in_force"])
+def test_a_checkpoint_that_cannot_be_written_says_so_and_the_former_stays(alone, tmp_path, monkeypatch, where):
     def full_disk(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path, stop=2)
-    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full_disk)
-    with pytest.raises(OSError, match="checkpoint of step 4 .*No space left on device.*step-00000002 stays in force; make"):
+    monkeypatch.setattr(where, full_disk)
+    with pytest.raises(OSError, match="checkpoint of step 4 .*No space left on device.*step-00000002 stays in"
+                                      " force; make room"):
         jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path)
     assert newest(tmp_path).name == "step-00000002"
 
