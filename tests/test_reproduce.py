@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from opus_bench.archives import cache_directory
 from opus_bench.corpus_spec import CorpusSpec
 from opus_bench.results import load, outcome
+from opus_bench.site.page import replay
 from reproduce import figure1, figure4, figure7, table5, table6
 
 pytestmark = pytest.mark.network
@@ -141,6 +143,19 @@ def test_killed_at_a_random_moment_and_started_again_gives_the_same_records(grid
     for record in got:
         assert outcome(record) == want[record["run_id"]]
     assert not list(tmp_path.glob("work/*/checkpoint.pt"))
+
+
+def test_the_command_that_the_page_gives_for_a_run_makes_it_again(grid, tmp_path):
+    """From a cell's record to the same numbers: the page's command, run from nothing, gives the same outcome."""
+    (record,) = (r for r in load(grid[0] / "runs") if r["arm"] == "calibrated")
+    command = shlex.split(replay(record, {}).splitlines()[-1])
+    assert command[:3] == ["python", "-m", "reproduce.table3"] and command[-2:] == ["--results", "replay"]
+    done = subprocess.run([sys.executable, *command[1:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    (again,) = load(tmp_path / "runs")
+    assert again["run_id"] == record["run_id"] and outcome(again) == outcome(record)
+    assert again["written_utc"] != record["written_utc"]
 
 
 def refused(done, *words):
