@@ -2,12 +2,13 @@
 # make test        the tests
 # make mutants     does a test fail for each of a list of wrong edits?  About 25 minutes
 # make report      tables and figures again, from the records alone
+# make docs        the documentation into site/; a broken link or anchor ends it
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test mutants report setup clean
+.PHONY: reproduce test mutants report docs setup clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -29,5 +30,8 @@ mutants: setup
 report: setup
 	$(BIN)/python -m reproduce.pages
 
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build *.egg-info results/work
+	rm -rf $(VENV) build site *.egg-info results/work

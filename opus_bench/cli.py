@@ -28,11 +28,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pools import command as pool_commands
-from .documents.command import SUMMARY, proxy_options, run_proxy
-from .evaluation.command import evaluate, evaluation_options
-from .validation.own_report import measures, table, text, threshold_help
-from .validation.own_settings import DTYPES, OPTIMIZERS, TOKEN_DTYPES, OwnSettings
+from . import doctor
+
+try:
+    from .documents.command import SUMMARY, proxy_options, run_proxy
+    from .evaluation.command import evaluate, evaluation_options
+    from .pools import command as pool_commands
+    from .validation.own_report import measures, text, threshold_help
+    from .validation.own_settings import DTYPES, OPTIMIZERS, TOKEN_DTYPES, OwnSettings
+except ModuleNotFoundError as lacking:
+    sys.exit(f"error: {lacking.name} is not installed; `python -m opus_bench.doctor` names all that is missing")
 
 if TYPE_CHECKING:
     from .validation.findings import Validation
@@ -96,9 +101,7 @@ def parser() -> argparse.ArgumentParser:
                                         "when it is done, so the same command goes on after an interruption")
     evaluation_options(one)
 
-    one = command("doctor", doctor, "show what this machine has for each scale, and the mend for what is missing")
-    one.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER",
-                     help="folder that records will be written to (default: results of the repository)")
+    doctor.add_options(command("doctor", doctor.run, doctor.SUMMARY))
 
     pool_commands.data_options(command("data", pool_commands.data,
                                        "tokenise text at paper scale into a pool of shards"))
@@ -230,17 +233,6 @@ def validate_own(options: argparse.Namespace, given: Sequence[str]) -> int:
             write_text(markdown(content), path, options.force)
         print(f"wrote {path}")
     return int(not all(threshold["met"] for threshold in content["thresholds"]))
-
-
-def doctor(options: argparse.Namespace) -> int:
-    from .doctor import examine
-
-    checks = examine(options.results)
-    print(table(("for", "what", "found", ""), [(c.scale, c.what, c.found, c.state) for c in checks]))
-    for c in checks:
-        if c.mend:
-            print(f"{c.what}: {c.mend}")
-    return int(any(c.required and c.state == "missing" for c in checks))
 
 
 def validation_text(v: Validation) -> str:

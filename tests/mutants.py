@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # (file, text, replacement, what is wrong, tests that should notice)
 MUTANTS = [
+    ("opus_bench/doctor.py", "c.scale in (ALL, *required)", "True", "every scale decides the exit code", "cli"),
+    ("opus_bench/doctor.py", "if count < need.gpus:", "if not count:", "too few GPUs pass", "cli"),
+    ("opus_bench/doctor.py", "_numbers(version) < _numbers(bound)", "version < bound", "versions compared as text", "cli"),
+    ("opus_bench/doctor.py", "yield _packages(scale, EXTRAS)", "yield _packages(scale)", "optional packages not looked at", "cli"),
+    ("reproduce/cost.py", 'max(minutes):.1f}", _peak(of_scale)', 'min(minutes):.1f}", _peak(of_scale)', "shortest run as the longest", "docs"),
+    ("docs/hooks.py", 'left += linked(path) if path.endswith(".md") else []', "pass", "pages of linked pages left out", "docs"),
     ("reproduce/paper_scale.py", '"proxy_length": self.line.options.get("window", shape.window)', '"proxy_length": shape.window', "record says another window than the run's", "paper_scale"),
     ("reproduce/paper_commands.py", 'command += ["--window", str(fields["proxy_length"])]', 'command += []', "window of a row left to the preset", "paper_scale"),
     ("reproduce/pretrain.py", "done % options.save_every == 0 and done < plan.config.steps", "done < plan.config.steps", "a model kept after every step", "figure5_6_ci"),

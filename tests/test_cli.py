@@ -1,14 +1,26 @@
 """The command from outside: help, bad input in one line, and files that are whole or not there."""
 
+import argparse
 import dataclasses
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+import tomllib
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from opus_bench import cli
+from opus_bench import archives, cli, doctor
+from opus_bench.corpus_spec import CorpusSpec
+from opus_bench.evaluation import paper_suite
 from opus_bench.validation import validate as validation
+from opus_bench.validation.own_report import table
+from reproduce import figure5_6, paper_cost, table3
+from reproduce.paper_scale import GPU_SCALES
+from reproduce.scales import SCALES
 from test_report import REPORTED, grid, written
 from test_validate import SMALL, TinyCorpus, random_candidates
 
@@ -44,7 +56,7 @@ def error_line(capsys, arguments):
     ("validate", ["--steps N", "default: 60", "buckets per weight (default: 512 2048 8192 32768", "{sgd,adamw,muon}",
                   "{tiny,ci}", "--seed N", "--output FILE.json", "--force", "--threshold NAME=VALUE",
                   "oracle_float64 at most"]),
-    ("doctor", ["--results FOLDER"]),
+    ("doctor", ["--results FOLDER", "--scale NAME"]),
 ])
 def test_help_of_a_command(command, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -168,44 +180,179 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_columns_are_aligned():
-    text = cli.table(("name", "n"), [("a", "1"), ("long", "100")])
+    text = table(("name", "n"), [("a", "1"), ("long", "100")])
     assert text.splitlines() == ["  name    n", "  a       1", "  long  100"]
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """doctor on a machine with an empty cache; the hub and the index are stubs."""
-    doctor = pytest.importorskip("opus_bench.doctor")
-    suite = pytest.importorskip("opus_bench.evaluation.paper_suite")
+    """doctor on a machine that needs nothing and has an empty cache; hub and index are stubs."""
     monkeypatch.setenv("OPUS_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(suite, "hub_problem", lambda: "the cable is out")
-    monkeypatch.setattr(doctor, "locate", lambda archive: None)
+    monkeypatch.setattr(paper_suite, "hub_problem", lambda: "the cable is out")
+    monkeypatch.setattr(archives, "locate", lambda archive: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, need in doctor.NEEDS.items():
+        monkeypatch.setitem(doctor.NEEDS, name, dataclasses.replace(need, disk=0.0, memory=0.0))
     return doctor
 
 
-def test_doctor_tells_ok_from_missing_with_the_mend(machine, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(machine, "MEMORY_GB", 0.0)
-    monkeypatch.setattr(machine, "DISK_GB", 0.0)
-    assert cli.main(["doctor", "--results", str(tmp_path / "results")]) == 0
+def doctored(capsys, results, *options):
+    """Exit code, text and the verdict by scale."""
+    code = cli.main(["doctor", "--results", str(results), *options])
     text = capsys.readouterr().out
-    assert "0 of 2 cached" in text and "to fetch" in text and "wiki, recipes: fetched on first use" in text
-    assert "hub: the cable is out" in text
-    for name in machine.CorpusSpec().sources:
-        file = tmp_path / "cache" / "archives" / machine.ARCHIVES[name].filename
+    verdicts = text.split("\n  scale\n")[1].splitlines()
+    return code, text, dict(line.strip().split(maxsplit=1) for line in verdicts)
+
+
+def fill_cache(folder):
+    for name in CorpusSpec().sources:
+        file = folder / "archives" / archives.ARCHIVES[name].filename
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    cli.main(["doctor", "--results", str(tmp_path / "results")])
-    text = capsys.readouterr().out
-    assert "2 of 2 cached" in text and "5 of 5 cached" in text and "to fetch" not in text
 
 
-def test_doctor_exits_1_when_a_scale_cannot_run(machine, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(machine, "MEMORY_GB", 0.0)
-    monkeypatch.setattr(machine, "DISK_GB", 1e9)
-    assert cli.main(["doctor", "--results", str(tmp_path / "results")]) == 1
-    assert "set OPUS_BENCH_CACHE to a folder with more" in capsys.readouterr().out
-    monkeypatch.setattr(machine, "DISK_GB", 0.0)
+def test_doctor_tells_ok_from_missing_with_the_mend(machine, tmp_path, capsys):
+    code, text, verdict = doctored(capsys, tmp_path / "results")
+    assert code == 0 and list(verdict) == ["ci", "smoke", "cpu", *GPU_SCALES] == list(doctor.NEEDS)
+    assert "0 of 2 cached" in text and text.count("0 of 5 cached") == 2
+    assert "archives: wiki, recipes: fetched on first use" in text
+    assert verdict["ci"] == verdict["cpu"] == "ready, archives are fetched on first use"
+    assert "hub: the cable is out; connect" in text
+    assert verdict["small"] == verdict["paper"] == "lacks GPUs, hub"
+    fill_cache(tmp_path / "cache")
+    code, text, verdict = doctored(capsys, tmp_path / "results")
+    assert "2 of 2 cached" in text and text.count("5 of 5 cached") == 2 and "to fetch" not in text
+    assert verdict["ci"] == verdict["smoke"] == verdict["cpu"] == "ready"
+
+
+def test_doctor_exits_1_when_a_scale_that_was_asked_about_cannot_run(machine, monkeypatch, tmp_path, capsys):
+    fill_cache(tmp_path / "cache")
+    assert doctored(capsys, tmp_path, "--scale", "ci", "cpu")[0] == 0
+    assert doctored(capsys, tmp_path, "--scale", "cpu", "small")[0] == 1
+    code, text, verdict = doctored(capsys, tmp_path, "--scale", "paper")
+    assert code == 1 and list(verdict) == ["paper"] and "0, 8 of 33 GB needed" in text
+    monkeypatch.setitem(doctor.NEEDS, "cpu", doctor.Need(disk=1e9, memory=1e9))
+    code, text, verdict = doctored(capsys, tmp_path)
+    assert code == 0 and verdict["cpu"] == "lacks memory, disk" and verdict["ci"] == "ready"
+    assert "disk: set OPUS_BENCH_CACHE to a folder with more" in text and "memory: run with --workers 1" in text
+    assert doctored(capsys, tmp_path, "--scale", "cpu")[0] == 1
+    monkeypatch.setitem(doctor.NEEDS, "smoke", doctor.Need(disk=1e9))
+    assert doctored(capsys, tmp_path)[0] == 1
+    assert "invalid choice: 'huge'" in error_line(capsys, ["doctor", "--scale", "huge"])
+
+
+def test_doctor_exits_1_when_records_or_the_cache_cannot_be_written(machine, monkeypatch, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
-    assert cli.main(["doctor", "--results", str(file / "results")]) == 1
-    assert "records cannot be written here" in capsys.readouterr().out
+    code, text, verdict = doctored(capsys, file / "results")
+    assert code == 1 and "records cannot be written here" in text
+    assert all("results folder" in found for found in verdict.values())
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, text, verdict = doctored(capsys, tmp_path)
+    assert code == 1 and "cache: not writable: set OPUS_BENCH_CACHE" in text
+
+
+def test_doctor_names_an_index_out_of_reach(machine, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def locate(archive):
+        asked.append(archive)
+        raise LookupError("no index lists it")
+
+    monkeypatch.setattr(archives, "locate", locate)
+    code, text, verdict = doctored(capsys, tmp_path)
+    assert code == 1 and verdict["smoke"] == "lacks archives" and "archives: wiki: no index lists it" in text
+    assert len(asked) == 2  # once for the sources of ci, once for those that smoke and cpu share
+
+
+@pytest.mark.parametrize("count,size,verdict,found", [
+    (8, 80e9, "lacks hub", "8 of 80 GB, 8 of 33 GB needed"),
+    (7, 80e9, "lacks GPUs, hub", "7 of 80 GB, 8 of 33 GB needed"),
+    (8, 16e9, "lacks GPUs, hub", "8 of 16 GB, 8 of 33 GB needed"),
+])
+def test_doctor_counts_gpus_and_their_memory(count, size, verdict, found, machine, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=size))
+    _, text, verdicts = doctored(capsys, tmp_path, "--scale", "paper")
+    assert verdicts == {"paper": verdict} and found in text
+
+
+def test_doctor_says_ready_where_nothing_lacks(machine, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(paper_suite, "hub_problem", lambda: None)
+    monkeypatch.setitem(doctor.NEEDS, "small", doctor.Need(disk=0, gpus=1, gpu_memory=4))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=8e9))
+    code, text, verdict = doctored(capsys, tmp_path, "--scale", "small")
+    assert (code, verdict) == (0, {"small": "ready"}) and "missing" not in text
+
+
+@pytest.mark.parametrize("package,version,scales,mend", [
+    ("pandas", None, {"ci", "smoke", "cpu", "small", "paper"}, "pandas none; pip install 'pandas>=3.1'"),
+    ("pandas", "3.0.9", {"ci", "smoke", "cpu", "small", "paper"}, "pandas 3.0.9; pip install 'pandas>=3.1'"),
+    ("pandas", "10.0+cpu", set(), None),
+    ("datatrove", None, {"small", "paper"}, "datatrove none; pip install 'datatrove>=0.10.1'"),
+])
+def test_doctor_names_packages_with_their_command(package, version, scales, mend, machine, monkeypatch, tmp_path,
+                                                  capsys):
+    real = importlib.metadata.version
+
+    def installed(name):
+        if name == package and version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version if name == package else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    code, text, verdict = doctored(capsys, tmp_path)
+    assert {scale for scale, found in verdict.items() if "packages" in found} == scales
+    assert code == int("ci" in scales) and (mend is None or f"packages: {mend}" in text)
+
+
+def test_doctor_reads_the_same_requirements_from_an_installed_distribution(monkeypatch, tmp_path):
+    project = tomllib.loads((cli.ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(f'{line}; extra == "{extra}"' for extra, of in
+                                         project["optional-dependencies"].items() for line in of)]
+    here = doctor.requirements(), doctor.requirements(doctor.EXTRAS)
+    assert len(here[0]) == len(project["dependencies"]) and ("datatrove", "0.10.1") in here[1]
+    assert ("lm-eval", "0.4.13") in here[0] and not set(here[0]) & set(here[1])
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    assert (doctor.requirements(), doctor.requirements(doctor.EXTRAS)) == here
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    (lacking,) = [check for check in doctor.examine(tmp_path) if check.state != "ok"]
+    assert lacking.mend == "pip install . in the repository"
+
+
+def test_doctor_runs_where_no_package_is_installed():
+    def bare(*words):  # -S: without the folder of packages
+        return subprocess.run([sys.executable, "-S", "-m", *words], capture_output=True, text=True, check=False,
+                              cwd=cli.ROOT, env={**os.environ, "PYTHONPATH": ""})
+
+    done = bare("opus_bench.doctor")
+    assert done.returncode == 1, done.stderr
+    assert f"0 of {len(doctor.requirements())}" in done.stdout and "pip install 'torch>=2.13'" in done.stdout
+    assert done.stdout.count("lacks packages") == len(doctor.NEEDS)
+    done = bare("opus_bench.cli", "doctor")
+    assert done.returncode == 1 and "`python -m opus_bench.doctor` names all that is missing" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_doctor_asks_for_what_the_scales_are():
+    for name, scale in SCALES.items():
+        assert not doctor.NEEDS[name].gpus
+        assert scale.corpus.sources == (CorpusSpec.ci() if name == "ci" else CorpusSpec()).sources
+    for name in GPU_SCALES:
+        options = argparse.Namespace(scale=name, seeds=None, methods=None, optimizers=None, models=None,
+                                     paper_tasks=False)
+        runs = table3.large_runs(options)
+        need, gpus = doctor.NEEDS[name], max(run.setting.gpus for run in runs)
+        more = figure5_6.large_runs(options) if name == "paper" else []
+        assert need.gpus == gpus
+        memory = max(sum(paper_cost.memory_per_gpu(run, gpus).values()) for run in [*runs, *more])
+        assert 0.9 * need.gpu_memory < memory / 1e9 <= need.gpu_memory
+        assert 0.9 * need.disk < sum(paper_cost.disk(runs).values()) / 1e9 <= need.disk
