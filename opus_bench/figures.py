@@ -126,7 +126,7 @@ def draw_uniformity(
         axes[0, 0].set_ylabel("effective sample size\n(share of the buffer)")
         axes[1, 0].set_ylabel("total variation\nfrom uniform")
 
-    note = "Line: mean over seeds. Band: their range."
+    note = "Line: mean over seeds. Band: their range. Of many steps some are drawn."
     if absent:
         note += f"\nNo probabilities, so no line (they choose deterministically): {', '.join(absent)}."
     heading = f"How far from uniform each selector chose ({title})"

@@ -28,6 +28,7 @@ HEADLINE_MARKERS = ("<!-- headline -->", "<!-- end of headline -->")
 SIZES = ("ci", "smoke", "cpu", "small", "paper")  # scales by size
 EXACTNESS_MARKERS = ("<!-- exactness -->", "<!-- end of exactness -->")
 WIDTH = 8192  # buckets of the paper's sketch
+STEPS_DRAWN = 120  # most points of a line by step; of more every second, third, ... is drawn
 
 
 def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = "table3") -> list[Path]:
@@ -261,7 +262,9 @@ def _gap(row: Row, base: Row) -> figures.Curves | None:
 
 def _per_step(record: dict, name: str) -> tuple[list, list]:
     per_step = record["selection"]["per_step"]
-    points = [(x, y) for x, y in zip(per_step["step"], per_step[name], strict=True) if y is not None]
+    every = max(1, math.ceil(len(per_step["step"]) / STEPS_DRAWN))  # the same in all seeds of a row
+    drawn = zip(per_step["step"][::every], per_step[name][::every], strict=True)
+    points = [(x, y) for x, y in drawn if y is not None]
     return [x for x, _ in points], [y for _, y in points]
 
 

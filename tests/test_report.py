@@ -408,6 +408,16 @@ def test_scales_are_kept_apart(tmp_path):
     assert len(paths) == 7 and "table3_small_loss.svg" in page
 
 
+def test_of_many_steps_an_even_part_is_drawn_the_same_in_every_seed():
+    record = record_of("OPUS paper")
+    n = 3 * report.STEPS_DRAWN
+    record["selection"]["per_step"] = {"step": list(range(n)), "total_variation": [None, *(x / n for x in range(1, n))]}
+    steps, values = report._per_step(record, "total_variation")
+    assert steps == list(range(3, n, 3)) and values == [x / n for x in steps]
+    record["selection"]["per_step"] = {"step": [0, 1, 2], "total_variation": [0.1, None, 0.3]}
+    assert report._per_step(record, "total_variation") == ([0, 2], [0.1, 0.3])
+
+
 def test_the_headline_is_of_the_largest_scale_with_its_differences(tmp_path):
     methods = ["Random", "OPUS paper", "OPUS calibrated"]
     written(tmp_path, grid(optimizers=("adamw", "muon"), methods=methods))
