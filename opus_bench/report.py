@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,16 +20,22 @@ import numpy as np
 from opus_bench import figures, tables
 from opus_bench.results import load
 from opus_bench.schema import RecordError
-from opus_bench.sections import Row, Section, arrange, domain_share, final_loss, loss_curve
+from opus_bench.sections import Row, Section, arrange, domain_share, final_loss, loss_curve, pairs
+from opus_bench.statistics import SMALLEST_N
 from opus_bench.tables import HOLM_MARK, MARK, NONE, PAPER_CORPUS
 
 PIPELINE_SCALES = ("smoke", "ci")
+WORTH = {  # what results of a scale are worth
+    **dict.fromkeys(PIPELINE_SCALES, "checks the pipeline; it is not evidence for or against the paper"),
+    "cpu": "a small model on a small corpus, what this code does at that size; it is not evidence for or against the "
+           "paper",
+}
 MARKERS = ("<!-- results -->", "<!-- end of results -->")
 HEADLINE_MARKERS = ("<!-- headline -->", "<!-- end of headline -->")
 SIZES = ("ci", "smoke", "cpu", "small", "paper")  # scales by size
 EXACTNESS_MARKERS = ("<!-- exactness -->", "<!-- end of exactness -->")
 WIDTH = 8192  # buckets of the paper's sketch
-STEPS_DRAWN = 120  # most points of a line by step; of more every second, third, ... is drawn
+STEPS_DRAWN = 60  # most points of a line by step; of more every second, third, ... is drawn
 
 
 def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = "table3") -> list[Path]:
@@ -59,30 +66,54 @@ def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = 
     return [table, *drawn]
 
 
+def caution(scale: str) -> list[str]:
+    """What a scale is worth as a line of a page; nothing for a scale that needs none."""
+    return [f"**{scale.capitalize()} scale: {WORTH[scale]}.**"] if scale in WORTH else []
+
+
 def largest(sections: Sequence[Section]) -> list[Section]:
-    """The sections of the largest scale that has records."""
-    scale = max((section.scale for section in sections), key=SIZES.index)
+    """The sections of the largest scale whose optimizers all have an arm of OPUS with enough pairs for an interval."""
+    def complete(scale: str) -> bool:
+        return all(any(row.label.startswith("OPUS") and len(_paired(row, section)) >= SMALLEST_N for row in section.rows)
+                   for section in sections if section.scale == scale)
+
+    scales = sorted({section.scale for section in sections}, key=SIZES.index, reverse=True)
+    scale = next((scale for scale in scales if complete(scale)), scales[0])
     return [section for section in sections if section.scale == scale]
+
+
+def _paired(row: Row, section: Section) -> list[float]:
+    return pairs(row, section.base, final_loss)[0] if section.base else []
+
+
+def command(sections: Sequence[Section], experiment: str, labels: Sequence[str] | None = None) -> str:
+    """The command that makes the sections of one scale; ``labels``: of these rows alone."""
+    words = [f"python -m reproduce.{experiment} --scale {sections[0].scale} --optimizers"]
+    words += dict.fromkeys(section.optimizer for section in sections)
+    return " ".join([*words, *(["--methods", *map(shlex.quote, labels)] if labels else [])])
 
 
 def headline(sections: Sequence[Section], experiment: str) -> str:
     """One measured sentence: OPUS's arms beside Random at the largest scale, with intervals and what they rest on."""
     chosen = largest(sections)
     found: dict[str, list[str]] = defaultdict(list)
+    counts = set()
     for section in chosen:
         for row in section.rows:
             if section.base and row.label.startswith("OPUS"):
                 gap = tables.difference(row, section.base, final_loss, 3)
                 found[row.label].append(f"{gap} under {figures.title_of(section.key)}")
+                counts.add(len(_paired(row, section)))
     record = chosen[0].records[0]
     tokens = max(row["tokens_seen"] for row in record["metrics"])
-    seeds = " or ".join(str(n) for n in sorted({len(row.records) for section in chosen for row in section.rows}))
-    worth = "; this scale checks the pipeline" if record["scale"] in PIPELINE_SCALES else ""
+    seeds = " or ".join(map(str, sorted(counts))) or NONE
+    worth = f" {record['scale'].capitalize()} scale: {WORTH[record['scale']]}." if record["scale"] in WORTH else ""
     said = "; ".join(f"{label} {' and '.join(gaps)}" for label, gaps in found.items())
+    made = command(chosen, experiment, ["Random", *found] if found else None)
     return (f"**Final loss on {record['data']['target_domain']} minus that of Random, nat/token: {said or NONE}** "
             f"({record['scale']} scale, model {record['config']['model']}, {tokens:,} update tokens, n = {seeds} "
-            f"paired seeds, 95 % intervals, `{MARK}` excludes no difference; "
-            f"`python -m reproduce.{experiment} --scale {record['scale']}`{worth}).")
+            f"paired seeds, 95 % t intervals, not corrected for their number; `{MARK}`: the interval does not contain 0; "
+            f"`{made}`).{worth}")
 
 
 def readme_block(sections: list[Section], experiment: str, reported: dict) -> str:
@@ -91,7 +122,7 @@ def readme_block(sections: list[Section], experiment: str, reported: dict) -> st
     for section in sorted(sections, key=lambda section: -SIZES.index(section.scale)):
         seeds = max(len(row.records) for row in section.rows)
         name = figures.title_of(section.key)
-        worth = "; checks the pipeline, not the paper's claim" if section.scale in PIPELINE_SCALES else ""
+        worth = f": {WORTH[section.scale]}" if section.scale in WORTH else ""
         parts += [
             (
                 f"**{name}, {section.scale} scale, n = {seeds} seeds.** Made by `python -m reproduce.{experiment} "
@@ -155,44 +186,46 @@ def page(sections: list[Section], experiment: str, reported: dict, drawn: Sequen
     """The experiment's page as markdown, with the figures drawn put at the head of their scale."""
     records = [record for section in sections for record in section.records]
     scales = list(dict.fromkeys(section.scale for section in sections))
-    commands = ", ".join(f"`python -m reproduce.{experiment} --scale {scale}`" for scale in scales)
-    versions = ", ".join(sorted({record["code"]["version"][:12] for record in records}))
-    compared = sum(max(0, len(section.rows) - 1) for section in sections if section.base)
+    by_scale = {scale: [section for section in sections if section.scale == scale] for scale in scales}
+    commands = ", ".join(f"`{command(of_scale, experiment)}`" for of_scale in by_scale.values())
+    versions = "; ".join(f"{scale} scale: code {tables.versions(of_scale)}" for scale, of_scale in by_scale.items())
+    compared = " and ".join(f"{sum(max(0, len(section.rows) - 1) for section in of_scale if section.base)} at {scale}"
+                            for scale, of_scale in by_scale.items())
     parts = [
         f"# {records[0]['paper']['item']} of arXiv:{records[0]['paper']['arxiv']}",
         (
-            f"Made by {commands} from {len(records)} runs; scale {', '.join(scales)}; code {versions}. "
+            f"Made by {commands} from {len(records)} runs; {versions}. "
             "Do not edit: the same records give the same bytes."
         ),
         (
             "How to read it. Runs are paired by seed (same initial weights, same candidate stream). [low, high] is the "
             "95 % paired t interval; {a, b} are the seeds themselves where fewer than three pairs allow no interval. "
-            f"`{MARK}` marks an interval that excludes no difference (0, or 1 for a share of tokens); of the {compared} "
-            f"methods compared, one in twenty would be marked by chance in each column. `{HOLM_MARK}`, in the column "
-            "of differences in loss: excluded also after Holm's correction over the methods of that table. "
+            f"`{MARK}` marks an interval that excludes no difference (0, or 1 for a share of tokens). Compared are "
+            f"{compared}, methods of both optimizers: if none differed, one in twenty would be marked in each column. "
+            f"`{HOLM_MARK}`, in the column of differences in loss: excluded also after Holm's correction over all methods "
+            "and optimizers of that scale. Every mark takes the differences of pairs to be normal: a test that assumes "
+            "symmetry alone has no p below .0625 with 5 seeds, .25 with 3 ([coverage](coverage.md)). "
             f"`{NONE}`: does not apply or was not measured."
         ),
     ]
     for scale in scales:
         parts.append(f"## Scale: {scale}")
-        if scale in PIPELINE_SCALES:
-            line = "scale: checks the pipeline; it is not evidence for or against the paper."
-            parts.append(f"**{scale.capitalize()} {line}**")
+        parts += caution(scale)
         parts.extend(
             f"![{path.stem.rsplit('_', 1)[1]}](../figures/{path.name})"
             for path in drawn
             if path.stem.startswith(f"{experiment}_{scale}_")
         )
-        for section in (section for section in sections if section.scale == scale):
-            parts.extend(_section_page(section, reported))
+        for section in by_scale[scale]:
+            parts.extend(_section_page(section, reported, by_scale[scale]))
     return "\n\n".join(parts) + "\n"
 
 
-def _section_page(section: Section, reported: dict) -> list[str]:
+def _section_page(section: Section, reported: dict, family: Sequence[Section]) -> list[str]:
     name = figures.title_of(section.key)
     selection_notes = sorted({note for record in section.records for note in record["selection"]["notes"]})
     notes = [f"- {note}" for note in section.notes + selection_notes]
-    parts = [f"### {name}: summary", tables.summary(section, reported), tables.power_line(section)]
+    parts = [f"### {name}: summary", tables.summary(section, reported, family), tables.power_line(section)]
     parts += ["\n".join(notes)] if notes else []
     parts += [
         f"### {name}: offline tasks, accuracy in % (standard error over items)",

@@ -156,11 +156,16 @@ def _paired_differences(section: Section, value: Callable) -> dict[str, list[flo
             if len(ours) >= SMALLEST_N}
 
 
-def surviving(section: Section, value: Callable) -> set[str]:
-    """Labels whose paired difference to the base excludes 0 also after Holm's correction over the section's rows."""
-    differences = _paired_differences(section, value)
+def surviving(section: Section, value: Callable, family: Sequence[Section]) -> set[str]:
+    """Labels whose paired difference to the base excludes 0 also after Holm's correction over the family's rows."""
+    differences = {(one.key, label): of_row for one in family for label, of_row in _paired_differences(one, value).items()}
     adjusted = holm([paired_t_test(of_row) for of_row in differences.values()])
-    return {label for label, p in zip(differences, adjusted, strict=True) if p <= ALPHA}
+    return {label for (key, label), p in zip(differences, adjusted, strict=True) if key == section.key and p <= ALPHA}
+
+
+def versions(sections: Sequence[Section]) -> str:
+    """The code that made the records of sections."""
+    return ", ".join(sorted({record["code"]["version"][:12] for section in sections for record in section.records}))
 
 
 def power_line(section: Section) -> str:
@@ -178,10 +183,14 @@ def power_line(section: Section) -> str:
             "differences are normal with the standard deviation seen, which so few seeds know only roughly.")
 
 
-def summary(section: Section, reported: dict) -> str:
-    """One row a method: loss, tokens, accuracy, cost and what was chosen."""
+def summary(section: Section, reported: dict, family: Sequence[Section] | None = None) -> str:
+    """One row a method: loss, tokens, accuracy, cost and what was chosen.
+
+    Args:
+        family: sections over whose rows Holm's correction goes; by default this one.
+    """
     target = section.records[0]["data"]["target_domain"]
-    survivors = surviving(section, final_loss)
+    survivors = surviving(section, final_loss, family or [section])
     header = [
         "method",
         "n seeds",

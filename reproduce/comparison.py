@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opus_bench import figures, tables
-from opus_bench.report import PIPELINE_SCALES
+from opus_bench.report import PIPELINE_SCALES, caution
 from opus_bench.results import load
 from opus_bench.schema import NOT_RUN, RecordError
 from opus_bench.sections import Row, Section, arrange, domain_share, final_loss, pairs, step_mean, time_ratio
@@ -167,9 +167,7 @@ class Comparison:
         ]
         for scale, figure in drawn.items():
             parts.append(f"## Scale: {scale}")
-            if scale in PIPELINE_SCALES:
-                parts.append(f"**{scale.capitalize()} scale: checks the pipeline; it is not evidence for or against "
-                             "the paper.**")
+            parts += caution(scale)
             parts.append(f"![Difference to Random](../figures/{figure.name})")
             for section in (section for section in sections if section.scale == scale):
                 parts += self._section_page(section)

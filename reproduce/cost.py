@@ -25,7 +25,7 @@ HEAD = """# What the runs cost
 Made by `python -m reproduce.cost` from {n} records. Do not edit: the same records give the same bytes.
 
 A run is one process with one thread of torch unless its row says more; in all is the sum over runs, so two side by
-side take half of it. Memory is the peak of one process."""
+side take half of it; wall clock, with whatever else the machine did. Memory is the peak of one process."""
 SCALE_COLUMNS = ["scale", "experiments", "runs", "hours in all", "longest run, minutes", "peak memory, GB"]
 COLUMNS = ["experiment", "scale", "device, threads", "runs", "minutes a run, range", "hours in all", "peak memory, GB",
            "command"]
@@ -49,12 +49,13 @@ def cost_table(records: Sequence[dict]) -> str:
     for record in records:
         machine = f"{record['environment']['device']}, {record['environment']['threads']}"
         groups.setdefault((record["experiment"], record["scale"], machine), []).append(record)
-    return markdown(COLUMNS, [[*key, *_row(key[0], group)] for key, group in sorted(groups.items())])
+    return markdown(COLUMNS, [[*key, *_row(*key[:2], group)] for key, group in sorted(groups.items())])
 
 
-def _row(experiment: str, records: Sequence[dict]) -> list[str]:
+def _row(experiment: str, scale: str, records: Sequence[dict]) -> list[str]:
     minutes = [record["timing"]["wall_s"] / 60 for record in records]
     module = ELSEWHERE.get(experiment, f"reproduce.{experiment}")
+    module += f" --scale {scale}" if scale in (*SCALES, *GPU_SCALES) else ""
     return [str(len(records)), f"{min(minutes):.1f} to {max(minutes):.1f}", f"{math.fsum(minutes) / 60:.2f}",
             _peak(records), f"`python -m {module}`"]
 

@@ -48,7 +48,8 @@ def loss_at(share: float):
 def section_page(section: Section) -> list[str]:
     """Loss at shares of the tokens, and the difference to Random."""
     header = ["method", "n seeds", *(text for share in SHARES for text in
-                                     (f"loss at {100 * share:g} % of the tokens (nat/token)", "difference to Random"))]
+                                     (f"loss at the last evaluation up to {100 * share:g} % of the tokens (nat/token)",
+                                                   "difference to Random"))]
     lines = [[row.label + FOREIGN * row.foreign, str(len(row.records)),
               *(cell for share in SHARES for cell in (mean(row.values(loss_at(share)), 4),
                                                       difference(row, section.base, loss_at(share), 4)))]
@@ -93,8 +94,8 @@ def draw(sections: list[Section], path: Path) -> Path:
         axes[1, 0].set_ylabel("Random's tokens to the\nsame loss, over these")
         axes[0, -1].legend(frameon=False, fontsize=8)
 
-    note = ("Line: mean over seeds (losses), geometric mean (tokens), where every seed has a value; intervals are in "
-            "the tables.")
+    note = ("Line: mean over seeds (losses), geometric mean (tokens), where every seed has a value; intervals "
+            "of the losses are in the tables, the ratio has none.")
     return figures.draw_panels(path, f"Loss by update tokens ({title_of(sections[0].scale)})", note, panels, rows=2,
                                columns=len(sections), size=(max(7.5, 4.2 * len(sections)), 6.0), sharex="col",
                                sharey="row")

@@ -4,7 +4,8 @@
     python -m reproduce.figure7 --scale ci        # under a minute; exercises the code
     python -m reproduce.figure7 --scale paper --dry-run
 
-A view of Table 3's records.  Time is measured in the runs; FLOPs are counted by formula (counts.py).  Equal tokens,
+A view of Table 3's records.  Time is measured in the runs, in units of each run's own
+training time; FLOPs are counted by formula (counts.py).  Equal tokens,
 equal time and equal FLOPs: a method's loss at its end, and where it stood when Random's whole time, or FLOPs, were
 spent, its own being taken as even over its steps; a method that ended before keeps its last loss.
 """
@@ -33,17 +34,23 @@ from .views import optimizer, page, title_of
 
 ABOUT = (
     "Selection does more work per update token, so a fair comparison is also one at equal time and at equal FLOPs. A "
-    "static score of the whole pool, made once for all seeds, is in no column but its own. At smoke scale a window of "
-    "40 of 192 tokens and a buffer of twice the batch make choosing dear; the shares at the paper's sizes are in "
-    "[overhead](overhead.md). Times are wall clock, one thread a run."
+    "static score of the whole pool, made once for all seeds, is in no column but its own. On CPU scales a window of "
+    "a fifth to a quarter of the sequence and a buffer of twice the batch make choosing dear; the shares at the paper's "
+    "sizes are in [overhead](overhead.md). Seconds are wall clock, one thread a run, on a machine that other work may "
+    "share: training, the same in all rows, takes longer in some for that alone, so equal time is in units of the run's "
+    "own training time."
 )
 runs, large_runs = table3.runs, table3.large_runs
 Cost = Callable[[dict], float]
 
 
-def seconds(record: dict) -> float:
-    """Training and choosing, without evaluation."""
-    return record["timing"]["train_s"] + record["timing"]["select_s"]
+def relative_time(record: dict) -> float:
+    """Time of training and choosing over that of the run's own training, without evaluation.
+
+    All runs of a section train on the same tokens with the same model, so their training times differ by the load of
+    the machine alone, which this takes out.
+    """
+    return 1 + record["timing"]["select_s"] / record["timing"]["train_s"]
 
 
 def shape_of(record: dict) -> Shape:
@@ -91,7 +98,7 @@ def matched(row: Row, base: Row | None, cost: Cost) -> str:
 def section_page(section: Section) -> list[str]:
     """Cost by method, and differences to Random at equal tokens, time and FLOPs."""
     header = ["method", "n seeds", "train (s)", "select (s)", "scoring the pool, once (s)", "train (FLOPs)",
-              "select / train (FLOPs)", "at equal tokens: loss minus Random's (nat/token)", "at equal time",
+              "select / train (FLOPs)", "at equal tokens: loss minus Random's (nat/token)", "at equal time, in units of the run's own training",
               "at equal FLOPs"]
     lines = []
     for row in section.rows:
@@ -103,7 +110,7 @@ def section_page(section: Section) -> list[str]:
                       mean(row.values(lambda record: record["timing"]["select_s"]), 1),
                       mean(once, 1) if any(once) else NONE, f"{first['config']['steps'] * training:.3g}",
                       f"{100 * choosing / training:.0f} %", difference(row, section.base, final_loss, 4),
-                      matched(row, section.base, seconds), matched(row, section.base, flops)])
+                      matched(row, section.base, relative_time), matched(row, section.base, flops)])
     return [markdown(header, lines)]
 
 
@@ -112,7 +119,7 @@ def draw(sections: list[Section], path: Path) -> Path:
     def panels(figure, axes) -> None:
         for column, section in enumerate(sections):
             labels = [row.label for row in section.rows]
-            costs = ((seconds, "seconds, mean over seeds"), (flops, "FLOPs"))
+            costs = ((relative_time, "time over that of training alone"), (flops, "FLOPs"))
             for axis, (cost, name) in zip(axes[:, column], costs, strict=True):
                 for row in section.rows:
                     curves = [loss_curve(record) for record in row.records.values()]

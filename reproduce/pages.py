@@ -74,7 +74,7 @@ def pair(*cells: Cell) -> Cell:
 QUESTIONS: tuple[tuple[str, str, Cell], ...] = (
     ("sketch_error", "sketch of 8,192 buckets a weight: Spearman of U with exact U",
      lambda r: last(r, "scatter", "utility_spearman", weight="all", width=8192)),
-    ("sketch_error", "the same of 32 buckets, with the elements of a weight per bucket that GPT-2 XL has at 8,192",
+    ("sketch_error", "the same of 32 buckets, with as many weight elements per bucket as GPT-2 XL has at 8,192",
      lambda r: last(r, "scatter", "utility_spearman", weight="all", width=32)),
     ("sketch_error", "scatter at 8,192, measured and as the stated variance predicts (of the exact norm)",
      pair(lambda r: last(r, "scatter", weight="all", width=8192),
@@ -99,7 +99,8 @@ QUESTIONS: tuple[tuple[str, str, Cell], ...] = (
     ("noise_injection", "AUC for random tokens: paper, calibrated",
      pair(*(lambda r, arm=arm: last(r, "detection_auc", selector=f"OPUS ({arm})", kind="random tokens")
             for arm in ("paper", "calibrated")))),
-    ("noise_injection", "share of them kept minus share offered: paper, calibrated",
+    ("noise_injection", "random tokens: share among the kept minus share among the offered (negative: filtered out): "
+                        "paper, calibrated",
      pair(*(lambda r, arm=arm: last(r, "kept_excess", selector=f"OPUS ({arm})", kind="random tokens")
             for arm in ("paper", "calibrated")))),
     ("muon_map", "Muon: distance of S from a multiple of the identity over its norm, mean of matrices",

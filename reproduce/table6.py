@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from opus_bench.schema import NOT_RUN
-from opus_bench.sections import Row, Section, evaluated
+from opus_bench.sections import Row, Section, evaluated, pairs
 from opus_bench.tables import BITS_PER_BYTE, PAPER_CORPUS, bits, mean
 
 from . import table3
@@ -64,16 +64,17 @@ def section_page(section: Section) -> list[str]:
     base = section.base
     names = [row["task"] for row in section.records[0]["evals"]
              if row["task"].startswith(BITS_PER_BYTE) and row.get("value") is not None]
-    counts = []
+    counts, seeds = [], sorted({len(row.records) for row in section.rows})
     for row in section.rows:
         if base is not None and row is not base:
-            pairs = [(row.values(evaluated(name)), base.values(evaluated(name))) for name in names]
-            less = sum(sum(ours) / len(ours) < sum(theirs) / len(theirs) for ours, theirs in pairs if ours and theirs)
+            less = sum(sum(ours) < sum(theirs) for ours, theirs in (pairs(row, base, evaluated(name)) for name in names))
             counts.append(f"{row.label} {less}")
     return [
-        "Bits per byte by domain (difference to Random ± half-width of its 95 % interval):",
+        f"Bits per byte by domain, n = {' or '.join(map(str, seeds))} seeds (difference to Random ± half-width of its 95 % "
+        "interval):",
         bits(section),
-        f"Of {len(names)} domains, mean over seeds below Random's: {', '.join(counts) or 'nothing to compare'}.",
+        f"Of {len(names)} domains, mean over seeds below Random's: {', '.join(counts) or 'nothing to compare'}; a count, no test, "
+        "since domains are not independent.",
         *ours_and_papers(section, "6", (PAPER_CORPUS, EDU_NAME), DOMAINS, domain_loss, "nat/token",
                          "there is no text here with the paper's domains"),
     ]

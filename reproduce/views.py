@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opus_bench import figures, tables
-from opus_bench.report import PIPELINE_SCALES
+from opus_bench.report import PIPELINE_SCALES, caution
 from opus_bench.results import load
 from opus_bench.schema import NOT_RUN, RecordError
 from opus_bench.sections import Row, Section, arrange
@@ -46,23 +46,23 @@ def page(results_dir: Path, name: str, title: str, about: str, section_page: Cal
     drawn = {scale: draw(found, results_dir / "figures" / f"{name}_{scale}.svg")
              for scale, found in by_scale(sections).items()} if draw else {}
     records = [record for section in sections for record in section.records]
-    versions = ", ".join(sorted({record["code"]["version"][:12] for record in records}))
+    versions = "; ".join(f"{scale} scale: code {tables.versions(found)}" for scale, found in by_scale(sections).items())
     parts = [
         f"# {title}",
-        (f"A view of {len(records)} runs of Table 3, made by `python -m reproduce.{name}`, which trains nothing of its "
-         f"own; code {versions}. Do not edit: the same records give the same bytes."),
+        (f"Made by `python -m reproduce.{name}`, which trains nothing of its own, from {len(records)} runs of Table 3; "
+         f"{versions}. Do not edit: the same records give the same bytes."),
         about,
         GUIDE,
     ]
     for scale, found in by_scale(sections).items():
         parts.append(f"## Scale: {scale}")
-        if scale in PIPELINE_SCALES:
-            parts.append(f"**{scale.capitalize()} scale: checks the pipeline; it is not evidence for or against the "
-                         "paper.**")
+        parts += caution(scale)
         if scale in drawn:
             parts.append(f"![{title}](../figures/{drawn[scale].name})")
         for section in found:
-            parts += [f"### {optimizer(section)}", *section_page(section), *(f"- {note}" for note in section.notes)]
+            runs = ", ".join(f"[{record['run_id']}](../runs/{record['run_id']}.json)" for record in section.records)
+            parts += [f"### {optimizer(section)}", *section_page(section), *(f"- {note}" for note in section.notes),
+                      f"#### {optimizer(section)}: runs", runs]
     path = results_dir / "tables" / f"{name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8", newline="\n")

@@ -1,6 +1,6 @@
 """Does the test suite notice?  Each mutant is one wrong edit of the code that some test must fail on.
 
-    python tests/mutants.py            # all, about 10 minutes on one core
+    python tests/mutants.py            # all, about 25 minutes on one core
     python tests/mutants.py sketch     # those whose file or description holds the word
 
 Every mutant is applied to a copy of the repository, so the checkout is never touched.  Exit code 1

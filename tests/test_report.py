@@ -193,7 +193,7 @@ def test_the_page_and_the_figures_are_the_same_bytes_again(folder, page):
 
 def test_the_page_says_what_made_it_and_what_it_is_worth(page):
     head = page.splitlines()[2]
-    assert "`python -m reproduce.table3 --scale smoke` from 48 runs; scale smoke; code c0dec0dec0de" in head
+    assert "--scale smoke --optimizers adamw muon` from 48 runs; smoke scale: code c0dec0dec0de. " in head
     assert "Smoke scale: checks the pipeline; it is not evidence for or against the paper." in page
 
 
@@ -366,7 +366,7 @@ def test_the_newest_complete_set_is_shown(tmp_path, monkeypatch):
         stamped(monkeypatch, second)
         written(tmp_path, grid(seeds, methods=methods, code=code))
     page = page_of(tmp_path)
-    assert "6 runs; scale smoke; code 111111111111. " in page
+    assert "6 runs; smoke scale: code 111111111111. " in page
     assert "- 8 other records of this scale and optimizer are not shown" in page
 
 
@@ -428,9 +428,35 @@ def test_the_headline_is_of_the_largest_scale_with_its_differences(tmp_path):
     for row in cpu.rows[1:]:
         assert f"{row.label} {tables.difference(row, cpu.base, sections.final_loss, 3)} under AdamW" in text
     assert "Muon" not in text and "n = 5 paired seeds" in text and "checks the pipeline" not in text
-    assert "(cpu scale, model tiny, 1,000,000 update tokens" in text and "table3 --scale cpu`" in text
+    assert "(cpu scale, model tiny, 1,000,000 update tokens" in text and text.endswith("for or against the paper.")
+    assert "--scale cpu --optimizers adamw --methods Random 'OPUS paper' 'OPUS calibrated'`" in text
     text = report.headline([section for section in found if section.scale == "smoke"], "table3")
     assert text.count(" under Muon") == 2 and "n = 3 paired seeds" in text and "checks the pipeline" in text
+
+
+def test_a_scale_without_enough_pairs_does_not_take_the_headline(tmp_path):
+    methods = ["Random", "OPUS paper"]
+    written(tmp_path, grid(methods=methods))
+    written(tmp_path, grid((0, 1), methods=methods, scale="cpu", code="1" * 64))
+    written(tmp_path, grid((2,), methods=["Random"], scale="cpu", code="1" * 64))
+    assert {s.scale for s in report.largest(sections.arrange(results.load(tmp_path / "runs")))} == {"smoke"}
+    written(tmp_path, grid((2,), methods=["OPUS paper"], scale="cpu", code="1" * 64))
+    assert {s.scale for s in report.largest(sections.arrange(results.load(tmp_path / "runs")))} == {"cpu"}
+
+
+def test_the_correction_is_over_both_optimizers_of_a_scale(tmp_path):
+    """The smallest p of a table may survive its own rows alone and not all of the scale."""
+    written(tmp_path, grid(optimizers=("adamw", "muon")))
+    family = sections.arrange(results.load(tmp_path / "runs"))
+    for section in family:
+        alone, together = (tables.surviving(section, sections.final_loss, of) for of in ([section], family))
+        assert together <= alone
+    ps = {(s.key, label): tables.paired_t_test(of_row) for s in family
+          for label, of_row in tables._paired_differences(s, sections.final_loss).items()}
+    adjusted = dict(zip(ps, tables.holm(list(ps.values())), strict=True))
+    for section in family:
+        want = {label for (key, label), p in adjusted.items() if key == section.key and p <= tables.ALPHA}
+        assert tables.surviving(section, sections.final_loss, family) == want
 
 
 def test_the_readme_shows_the_largest_scale_first_and_says_what_each_is_worth(tmp_path):

@@ -1,5 +1,7 @@
 """Pages that look at Table 3's records: numbers by hand from records whose losses are straight lines."""
 
+import re
+
 import pytest
 from test_report import record_of, table_of
 
@@ -35,7 +37,8 @@ def test_a_view_is_a_function_of_the_records_and_says_what_was_not_run(script, f
     first = [path.read_bytes() for path in script.write(folder)]
     assert first == [path.read_bytes() for path in script.write(folder)]
     text = first[0].decode()
-    assert "A view of 12 runs of Table 3" in text and "Smoke scale: checks the pipeline" in text
+    assert "from 12 runs of Table 3; smoke scale: code " in text and "Smoke scale: checks the pipeline" in text
+    assert len(set(re.findall(r"\(\.\./runs/(\w+)\.json\)", text))) == 12
     assert ("not run: " in text) == (script in (table5, table6))
     with pytest.raises(RecordError, match=f"no records of table3, which {script.__name__.rpartition('.')[2]} shows"):
         script.write(tmp_path)
@@ -58,7 +61,7 @@ def test_table_5_leaves_target_and_damaged_text_out(folder):
 
 def test_table_6_counts_domains_and_reads_losses_where_they_are(folder):
     text = table6.write(folder)[0].read_text()
-    assert "Of 2 domains, mean over seeds below Random's: PPL high 0, OPUS paper 0, OPUS calibrated 2." in text
+    assert "Of 2 domains, mean over seeds below Random's: PPL high 0, OPUS paper 0, OPUS calibrated 2; a count" in text
     row = arrange(results.load(folder / "runs", "table3"))[0].base
     assert table6.domain_loss(row, "Health").startswith("not run: ")
     assert table6.domain_loss(row, "code") == f"{8 - 3 + 0.2 + 1:.3f}"  # the last point, mean over seeds
@@ -80,9 +83,9 @@ def test_figure_4_counts_randoms_tokens_to_the_same_loss(folder):
     assert tokens == [200_000, 400_000, 600_000, 800_000] and worth == pytest.approx([1.04] * 4)
     assert figure4.worth(rows["PPL high"], section.base)[0][-1] == 1_000_000
     rows = rows_of(figure4, folder)
-    assert rows["OPUS calibrated"]["loss at 50 % of the tokens (nat/token)"] != rows["Random"][
-        "loss at 50 % of the tokens (nat/token)"]
-    assert rows["Random"]["loss at 100 % of the tokens (nat/token)"] == "5.2000"
+    assert rows["OPUS calibrated"]["loss at the last evaluation up to 50 % of the tokens (nat/token)"] != rows["Random"][
+        "loss at the last evaluation up to 50 % of the tokens (nat/token)"]
+    assert rows["Random"]["loss at the last evaluation up to 100 % of the tokens (nat/token)"] == "5.2000"
 
 
 def test_figure_7_at_equal_time_and_flops(folder):
@@ -92,8 +95,8 @@ def test_figure_7_at_equal_time_and_flops(folder):
     record = rows["OPUS paper"].records[1]
     fast, base = 8.2 - 0.8 * (3 - 0.08), 8.2 - 3.0
     assert figure7.loss_when(record, 0.8) == pytest.approx(fast)
-    assert figure7.matched(rows["OPUS paper"], section.base, figure7.seconds).startswith(f"{fast - base:+.4f} [")
-    assert figure7.matched(section.base, section.base, figure7.seconds) == "–"
+    assert figure7.matched(rows["OPUS paper"], section.base, figure7.relative_time).startswith(f"{fast - base:+.4f} [")
+    assert figure7.matched(section.base, section.base, figure7.relative_time) == "–"
     assert figure7.loss_when(record, 1.3) == pytest.approx(8.2 - 2.92)  # it ended before
     shape = Shape("tiny", "smoke", 4, 96, 2048, 192, 16, 8, 8, 40)
     training, choosing = figure7.step_flops(record)

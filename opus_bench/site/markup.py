@@ -173,7 +173,8 @@ def _only_image(tokens: Sequence[Token]) -> Token | None:
 def _section(name: str, level: int, heading: str, place: Place, inner: str) -> tuple[str, str]:
     facts = "".join(f' data-{key}="{escape(value)}"' for key, value in
                     (("scale", place.scale), ("optimizer", place.optimizer)) if value)
-    identity, tag = f"{name}--{slug(heading)}", f"h{level + 1}"
+    whole = heading if place.scale is None or place.scale in heading.lower() else f"{place.scale} {heading}"
+    identity, tag = f"{name}--{slug(whole)}", f"h{level + 1}"
     said = heading.lower()
     if said.startswith(FOLDED) or said.endswith(FOLDED):
         opening = f'<details class="part" id="{identity}"{facts}><summary><{tag}>{inner}</{tag}></summary>'

@@ -34,7 +34,7 @@ from opus_bench.site.summary import summary
 from opus_bench.tables import NONE, paper_cells
 
 ASSETS = Path(__file__).parent
-LARGEST = 3_000_000
+LARGEST = 4_000_000
 LEFT_OUT = ("metrics", "selection.per_step")
 FILTERS = ("scale", "optimizer", "method", "arm")
 REPLAY = "replay"
@@ -174,9 +174,10 @@ def _facts(page: Page) -> list[tuple[str, str]]:
     records = page.records
     if not records:
         return [("runs", "none: counted or measured without a record")]
-    seeds = {r["config"]["seed"] for r in records}
     scales, versions = ({r["scale"] for r in records}, {r["code"]["version"][:12] for r in records})
-    return [("scale", ", ".join(sorted(scales))), ("n", f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"),
+    seeds = {scale: len({r["config"]["seed"] for r in records if r["scale"] == scale}) for scale in sorted(scales)}
+    said = [f"{n} seed{'s' * (n > 1)}" + (f" ({scale})" if len(seeds) > 1 else "") for scale, n in seeds.items()]
+    return [("scale", ", ".join(seeds)), ("n", ", ".join(said)),
             ("runs", str(len(records))), ("code", ", ".join(sorted(versions)))]
 
 
@@ -202,7 +203,7 @@ def _contents(pages: Sequence[Page], loaded: Sequence[dict], reported: dict) -> 
                     f'<td class="number">{len(page.records) or NONE}</td><td>{command}</td></tr>')
     items = {record["paper"]["item"] for record in loaded}
     for number in sorted({cell[0] for cell in reported}, key=lambda number: (len(number), number)):
-        if f"Table {number}" not in items:
+        if f"Table {number}" not in items and f"table{number}" not in {page.name for page in pages}:
             count = sum(cell[0] == number for cell in reported)
             rows.append(f'<tr><th scope="row">Table {escape(number)} of arXiv:{ARXIV}</th>'
                         f'<td colspan="4" class="not-run">{escape(NOT_RUN)}no record; the paper gives {count} numbers'

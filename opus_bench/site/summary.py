@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 
 from opus_bench.figures import OPTIMIZERS
-from opus_bench.report import PIPELINE_SCALES
+from opus_bench.report import WORTH
 from opus_bench.schema import NOT_RUN
 from opus_bench.sections import Row, Section, arrange, final_loss, pairs
 from opus_bench.site.markup import Place, RunSets, table
@@ -38,10 +38,11 @@ def summary(loaded: Sequence[dict], reported: dict, sets: RunSets) -> str:
     for scale in scales:
         chosen = [section for section in sections if section.scale == scale]
         parts.append(f'<p class="lead">{escape(finding(chosen))}</p>')
-    if scales and set(scales) <= set(PIPELINE_SCALES):
-        parts.append(f'<p class="caution"><strong>{escape(_and(scales).capitalize())} scale checks the pipeline'
-                     "</strong> with small models on a small corpus. It is not evidence for or against the paper, and "
-                     "no table has been run at the paper's scale.</p>")
+    for scale in (scale for scale in scales if scale in WORTH):
+        parts.append(f'<p class="caution"><strong>{escape(scale.capitalize())} scale</strong>: {escape(WORTH[scale])}.'
+                     "</p>")
+    if scales and "paper" not in scales:
+        parts.append('<p class="caution">No table has been run at the paper\'s scale.</p>')
     for scale in scales:
         chosen = [section for section in sections if section.scale == scale]
         mine = [record for section in chosen for record in section.records]
