@@ -74,8 +74,9 @@ def caution(scale: str) -> list[str]:
 def largest(sections: Sequence[Section]) -> list[Section]:
     """The sections of the largest scale whose optimizers all have an arm of OPUS with enough pairs for an interval."""
     def complete(scale: str) -> bool:
-        return all(any(row.label.startswith("OPUS") and len(_paired(row, section)) >= SMALLEST_N for row in section.rows)
-                   for section in sections if section.scale == scale)
+        of_scale = [section for section in sections if section.scale == scale]
+        return all(any(row.label.startswith("OPUS") and len(_paired(row, section)) >= SMALLEST_N
+                       for row in section.rows) for section in of_scale)
 
     scales = sorted({section.scale for section in sections}, key=SIZES.index, reverse=True)
     scale = next((scale for scale in scales if complete(scale)), scales[0])
@@ -112,8 +113,8 @@ def headline(sections: Sequence[Section], experiment: str) -> str:
     made = command(chosen, experiment, ["Random", *found] if found else None)
     return (f"**Final loss on {record['data']['target_domain']} minus that of Random, nat/token: {said or NONE}** "
             f"({record['scale']} scale, model {record['config']['model']}, {tokens:,} update tokens, n = {seeds} "
-            f"paired seeds, 95 % t intervals, not corrected for their number; `{MARK}`: the interval does not contain 0; "
-            f"`{made}`).{worth}")
+            f"paired seeds, 95 % t intervals, not corrected for their number; `{MARK}`: the interval does not "
+            f"contain 0; `{made}`).{worth}")
 
 
 def readme_block(sections: list[Section], experiment: str, reported: dict) -> str:
@@ -202,8 +203,8 @@ def page(sections: list[Section], experiment: str, reported: dict, drawn: Sequen
             "95 % paired t interval; {a, b} are the seeds themselves where fewer than three pairs allow no interval. "
             f"`{MARK}` marks an interval that excludes no difference (0, or 1 for a share of tokens). Compared are "
             f"{compared}, methods of both optimizers: if none differed, one in twenty would be marked in each column. "
-            f"`{HOLM_MARK}`, in the column of differences in loss: excluded also after Holm's correction over all methods "
-            "and optimizers of that scale. Every mark takes the differences of pairs to be normal: a test that assumes "
+            f"`{HOLM_MARK}`, in the column of differences in loss: excluded also after Holm's correction over all "
+            "methods and optimizers of that scale. Every mark takes the differences of pairs to be normal: a test that assumes "
             "symmetry alone has no p below .0625 with 5 seeds, .25 with 3 ([coverage](coverage.md)). "
             f"`{NONE}`: does not apply or was not measured."
         ),

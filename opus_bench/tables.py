@@ -158,7 +158,8 @@ def _paired_differences(section: Section, value: Callable) -> dict[str, list[flo
 
 def surviving(section: Section, value: Callable, family: Sequence[Section]) -> set[str]:
     """Labels whose paired difference to the base excludes 0 also after Holm's correction over the family's rows."""
-    differences = {(one.key, label): of_row for one in family for label, of_row in _paired_differences(one, value).items()}
+    differences = {(one.key, label): of_row for one in family
+                   for label, of_row in _paired_differences(one, value).items()}
     adjusted = holm([paired_t_test(of_row) for of_row in differences.values()])
     return {label for (key, label), p in zip(differences, adjusted, strict=True) if key == section.key and p <= ALPHA}
 

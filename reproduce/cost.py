@@ -55,7 +55,7 @@ def cost_table(records: Sequence[dict]) -> str:
 def _row(experiment: str, scale: str, records: Sequence[dict]) -> list[str]:
     minutes = [record["timing"]["wall_s"] / 60 for record in records]
     module = ELSEWHERE.get(experiment, f"reproduce.{experiment}")
-    module += f" --scale {scale}" if scale in (*SCALES, *GPU_SCALES) else ""
+    module += f" --scale {scale}" if experiment not in ELSEWHERE and scale in (*SCALES, *GPU_SCALES) else ""
     return [str(len(records)), f"{min(minutes):.1f} to {max(minutes):.1f}", f"{math.fsum(minutes) / 60:.2f}",
             _peak(records), f"`python -m {module}`"]
 

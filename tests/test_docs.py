@@ -394,7 +394,8 @@ def test_the_cost_page_adds_up_its_records():
     assert "| smoke | 2 | 3 | 2.10 | 90.0 | 2.00 |" in lines
     assert "| cpu | 1 | 1 | 0.20 | 12.0 | – |" in lines
     assert [line.split(" | ")[0] for line in lines if "no record here" in line] == ["| ci", "| small", "| paper"]
-    assert "| table3 | smoke | cpu, 1 | 2 | 30.0 to 90.0 | 2.00 | 2.00 | `python -m reproduce.table3` |" in lines
+    command = "`python -m reproduce.table3 --scale smoke`"
+    assert f"| table3 | smoke | cpu, 1 | 2 | 30.0 to 90.0 | 2.00 | 2.00 | {command} |" in lines
     assert "| scoring | smoke | cpu, 2 | 1 | 6.0 to 6.0 | 0.10 | – | `python -m benchmarks.scoring` |" in lines
 
 

@@ -234,14 +234,16 @@ def test_strings_of_records_and_pages_are_text(small, tmp_path):
 
 def test_a_cell_knows_the_runs_it_is_made_from(parsed, records):
     column = "validation loss on encyclopedia (nat/token)"
-    for occurrence, optimizer in enumerate(("adamw", "muon")):
+    for occurrence, section in enumerate(arrange(r for r in records.values() if r["experiment"] == "table3")):
+        seeds = sorted(next(row for row in section.rows if row.label == "OPUS (paper)").records)
+        own = [("OPUS", "paper", section.optimizer, seed) for seed in seeds]
+        assert len(seeds) >= 3
         runs = parsed.behind("table3", "OPUS (paper)", column, occurrence)
-        assert cell_runs(records, runs) == [("OPUS", "paper", optimizer, seed) for seed in range(3)]
+        assert cell_runs(records, runs) == own and {records[run]["scale"] for run in runs} == {section.scale}
         runs = parsed.behind("table3", "OPUS (paper)", "difference to Random (nat/token)", occurrence)
-        want = [("OPUS", "paper", optimizer, s) for s in range(3)] + [("Random", None, optimizer, s) for s in range(3)]
-        assert cell_runs(records, runs) == want
-        runs = parsed.behind("table3", "code", "PPL (low)", occurrence)  # bits per byte: methods are columns
-        assert cell_runs(records, runs) == [("PPL (low)", None, optimizer, seed) for seed in range(3)]
+        assert cell_runs(records, runs) == own + [("Random", None, section.optimizer, seed) for seed in seeds]
+        runs = parsed.behind("table3", "code", "OPUS (paper)", occurrence)  # bits per byte: methods are columns
+        assert cell_runs(records, runs) == own
     assert parsed.behind("table3", "chance", "agreement (n = 200)") == []
     paper = "the paper's own: mean of its ten tasks, GPT-2 XL, FineWeb (%)"
     assert parsed.behind("table3", "OPUS (paper)", paper) == []
@@ -270,6 +272,7 @@ def test_the_parts_of_a_place_are_read_from_headings():
 
 def test_the_replay_command_is_one_that_makes_the_run(records, parsed, monkeypatch):
     from reproduce import runner
+    from reproduce.scales import SCALES
 
     choices = {}
     for run, record in records.items():
@@ -286,7 +289,7 @@ def test_the_replay_command_is_one_that_makes_the_run(records, parsed, monkeypat
         if command not in choices:
             monkeypatch.setattr("sys.argv", [module, *options])
             script = importlib.import_module(module)
-            parsed_options = runner.arguments("", large=hasattr(script, "large_runs"))
+            parsed_options = runner.arguments("", large=hasattr(script, "large_runs"), scales=tuple(SCALES))
             assert isinstance(parsed_options, argparse.Namespace) and parsed_options.results == Path("replay")
             made = runner.choose(script.runs(parsed_options), parsed_options)
             choices[command] = {(job.label, job.config.optimizer, job.config.seed) for job in made}
@@ -307,7 +310,7 @@ def test_the_summary_says_what_the_intervals_say(small):
     less = sum(value == "less" for value in by_label.values())
     assert f"Of all methods, {less} of 7 under AdamW and {less} of 7 under Muon end with less." in said
     text = site.site(small, REPORTED)
-    assert "Smoke scale checks the pipeline" in text
+    assert "<strong>Smoke scale</strong>: checks the pipeline" in text and "run at the paper's scale" in text
     reported = paper_cells(REPORTED)
     opus, base = (reported["3", "GPT-2 XL", "muon", "FineWeb", name, "Avg"] for name in ("OPUS", "Random"))
     row = next(cells for _, rows in Parsed(text).tables[:1] for _, cells in rows if cells[0][1] == "OPUS paper")
@@ -388,7 +391,8 @@ def test_only_drawing_is_let_through_and_names_are_the_figures_own(tmp_path):
 
 def test_a_heat_map_keeps_its_colours_and_other_figures_take_the_pages(text):
     kinds = {name: kind for kind, name in re.findall(r'<figure class="figure([ a-z-]*)" id="figure-(\w+)"', text)}
-    assert {name for name, kind in kinds.items() if kind} == {"table3_smoke_domains", "noise_injection_auc_smoke"}
+    assert {name for name, kind in kinds.items() if kind} == {"table3_cpu_domains", "table3_smoke_domains",
+                                                              "noise_injection_auc_smoke"}
     drawn = site_figures.inline(RESULTS / "figures" / "table3_smoke_loss.svg").svg
     assert "#ffffff" not in drawn and "#000000" not in drawn and "var(--ink)" in drawn
     assert "#ffffff" in site_figures.inline(RESULTS / "figures" / "table3_smoke_domains.svg").svg
