@@ -135,11 +135,11 @@ def test_a_cell_opens_its_records_by_mouse_and_by_keyboard(visit):
     page = visit(hash="#table3")
     row = page.locator("#table3 tbody tr[data-method='OPUS (calibrated)']").first
     row.locator("td").nth(1).click()
-    assert page.locator("dialog[open] .run-card").count() == 3
+    assert page.locator("dialog[open] .run-card").count() == 5  # seeds of the first scale, cpu
     page.locator(".run-card summary").first.click()
     card = page.locator(".run-card").first
     shown = card.inner_text()
-    again = "python -m reproduce.table3 --scale smoke --optimizers adamw --seeds 1 --methods 'OPUS (calibrated)'"
+    again = "python -m reproduce.table3 --scale cpu --optimizers adamw --seeds 1 --methods 'OPUS (calibrated)'"
     for words in ("Replay", "Config", "Data hashes", "Code version", "Environment", "Deviations", "spec_sha256", again):
         assert words in shown, words
     card.locator("summary", has_text="JSON").click()
@@ -153,7 +153,8 @@ def test_a_cell_opens_its_records_by_mouse_and_by_keyboard(visit):
         page.keyboard.press(key)
     page.keyboard.press("Enter")
     title = page.locator("#dialog-title").inner_text()
-    assert title.startswith("PPL (high): difference to Random") and page.locator("dialog[open] .run-card").count() == 6
+    assert title.startswith("OPUS (paper): difference to Random")
+    assert page.locator("dialog[open] .run-card").count() == 10  # five seeds of each
     page.locator("#close").press("Enter")
     assert page.locator("dialog[open]").count() == 0
     assert page.evaluate("document.activeElement.closest('table') !== null")  # the focus is back where it was
