@@ -66,6 +66,11 @@ def report(results_dir: str | Path, reported_csv: str | Path, experiment: str = 
     return [table, *drawn]
 
 
+def scale_title(scale: str) -> str:
+    """The scale in a figure's heading."""
+    return f"{scale} scale: pipeline check" if scale in PIPELINE_SCALES else f"{scale} scale"
+
+
 def caution(scale: str) -> list[str]:
     """What a scale is worth as a line of a page; nothing for a scale that needs none."""
     return [f"**{scale.capitalize()} scale: {WORTH[scale]}.**"] if scale in WORTH else []
@@ -253,7 +258,7 @@ def _figures(sections: list[Section], experiment: str, directory: Path) -> list[
     paths = []
     for scale in dict.fromkeys(section.scale for section in sections):
         chosen = [section for section in sections if section.scale == scale]
-        title = f"{scale} scale: pipeline check" if scale in PIPELINE_SCALES else f"{scale} scale"
+        title = scale_title(scale)
         stem = directory / f"{experiment}_{scale}"
         target = chosen[0].records[0]["data"]["target_domain"]
         losses = {s.key: {r.label: _curves(r, loss_curve) for r in s.rows} for s in chosen}

@@ -9,7 +9,6 @@ Prints what disagrees, and writes results/tables/audit.md and results/figures/au
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from .audit_tables import (
 )
 from .claims import BELOW, BEYOND, DEPENDS, WITHIN, Comparison, comparisons, largest_part, verdicts
 from .printed import ITEMS, LOSS_TABLES, PARTS, Block, average_stderr, averages, read_blocks, repeated_rows
+from .written import say_written
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTED = Path(__file__).with_name("reported.csv")
@@ -253,17 +253,14 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
                         help="folder that gets tables/ and figures/ (default: results)")
     options = parser.parse_args()
-    try:
+
+    def make() -> list[Path]:
         if not options.results.is_dir():
             raise ValueError(f"{options.results} is not a folder; --results names the one that gets the page")
         print(average_table(read_blocks(options.reported)))
-        paths = write(options.results, options.reported)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in paths:
-        print(f"wrote {os.path.relpath(path)}")
-    return 0
+        return write(options.results, options.reported)
+
+    return say_written(make)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opus_bench import figures, tables
-from opus_bench.report import PIPELINE_SCALES, caution
+from opus_bench.report import caution, scale_title
 from opus_bench.results import load
 from opus_bench.schema import NOT_RUN, RecordError
 from opus_bench.sections import Row, Section, arrange, domain_share, final_loss, pairs, step_mean, time_ratio
@@ -156,7 +156,7 @@ class Comparison:
     def page(self, sections: Sequence[Section], drawn: dict[str, Path]) -> str:
         """The page as markdown: the same records give the same bytes."""
         records = [record for section in sections for record in section.records]
-        versions = ", ".join(sorted({record["code"]["version"][:12] for record in records}))
+        versions = tables.versions(sections)
         commands = ", ".join(f"`{self._command(scale)}`" for scale in drawn)
         parts = [
             f"# {self.title}",
@@ -277,7 +277,7 @@ class Comparison:
             names = [method.label if len(arms) > 1 else method.name for method in methods]
             axes[0, 0].set_yticks(range(len(methods)), names)
 
-        title = f"{scale} scale: pipeline check" if scale in PIPELINE_SCALES else f"{scale} scale"
+        title = scale_title(scale)
         note = (f"Left of the dashed line: less loss than Random, same seed and update tokens; {_counts(sections)}. "
                 "Diamond, thin line: base row.\n"
                 "Bar: 95 % paired t interval; where fewer than three seeds allow none, a tick for each seed.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from opus_bench.tables import NONE, markdown
 from .pages import ELSEWHERE, ROOT
 from .paper_scale import GPU_SCALES
 from .scales import SCALES
+from .written import say_written
 
 HEAD = """# What the runs cost
 
@@ -91,14 +91,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER",
                         help="folder that holds runs/ and gets tables/ (default: results)")
     options = parser.parse_args()
-    try:
-        paths = write(options.results)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in paths:
-        print(f"wrote {os.path.relpath(path)}")
-    return 0
+    return say_written(lambda: write(options.results))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from opus_bench import figures
+from opus_bench.report import scale_title
 from opus_bench.sections import Section, evaluated, loss_curve, time_ratio
 from opus_bench.tables import (FOREIGN, MEAN_ACCURACY, PAPER_CORPUS, markdown, mean, paper_cells, paper_model,
                                token_share)
@@ -23,7 +24,7 @@ from opus_bench.tables import (FOREIGN, MEAN_ACCURACY, PAPER_CORPUS, markdown, m
 from . import table3
 from .runner import main
 from .scales import SCALES
-from .views import REPORTED, cells, optimizer, page, title_of
+from .views import REPORTED, cells, optimizer, page
 
 POINTS, TIMES, OVERHEAD = 2.2, 8, 4.7  # the paper's claims: points, fewer tokens, percent
 ABOUT = (
@@ -73,7 +74,7 @@ def draw(sections: list[Section], path: Path) -> Path:
 
     note = "Dot: mean over seeds; ticks: the seeds. Accuracy is measured at the end of a run, so each run is one point."
     size = (max(7.5, 3.2 + 3.6 * len(sections)), 1.9 + 0.26 * len(sections[0].rows))
-    heading = f"Mean accuracy at equal update tokens ({title_of(sections[0].scale)})"
+    heading = f"Mean accuracy at equal update tokens ({scale_title(sections[0].scale)})"
     return figures.draw_panels(path, heading, note, panels, columns=len(sections), size=size, sharey=True)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from opus_bench import figures
+from opus_bench.report import scale_title
 from opus_bench.sections import Row, Section, loss_curve
 from opus_bench.statistics import tokens_to_reach
 from opus_bench.tables import FOREIGN, difference, markdown, mean
@@ -24,7 +25,7 @@ from opus_bench.tables import FOREIGN, difference, markdown, mean
 from . import table3
 from .runner import main
 from .scales import SCALES
-from .views import optimizer, page, title_of
+from .views import optimizer, page
 
 SHARES = (0.25, 0.5, 1.0)
 ABOUT = (
@@ -96,7 +97,7 @@ def draw(sections: list[Section], path: Path) -> Path:
 
     note = ("Line: mean over seeds (losses), geometric mean (tokens), where every seed has a value; intervals "
             "of the losses are in the tables, the ratio has none.")
-    return figures.draw_panels(path, f"Loss by update tokens ({title_of(sections[0].scale)})", note, panels, rows=2,
+    return figures.draw_panels(path, f"Loss by update tokens ({scale_title(sections[0].scale)})", note, panels, rows=2,
                                columns=len(sections), size=(max(7.5, 4.2 * len(sections)), 6.0), sharex="col",
                                sharey="row")
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from opus_bench import figures
 from opus_bench.results import load
+from opus_bench.report import scale_title
 from opus_bench.schema import NOT_RUN, RecordError
 from opus_bench.sections import Row, Section, arrange
 from opus_bench.tables import NONE, markdown, mean
@@ -34,7 +35,7 @@ from .paper_scale import GPU_SCALES, PaperRun, grid
 from .paper_settings import QWEN3_8B, QWEN3_CI, Setting
 from .runner import main
 from .training import Run
-from .views import optimizer, title_of
+from .views import optimizer
 
 EXPERIMENT = "figure5_6"
 SCALES = ("ci", *GPU_SCALES)  # whose runs large_runs makes
@@ -105,7 +106,7 @@ def draw(section: Section, path: Path) -> Path:
                 axis.legend(frameon=False, fontsize=8)
         axes[0, 0].set_ylabel("accuracy (%)")
 
-    return figures.draw_panels(path, f"Continued pre-training, {optimizer(section)} ({title_of(section.scale)})",
+    return figures.draw_panels(path, f"Continued pre-training, {optimizer(section)} ({scale_title(section.scale)})",
                                "Mean over seeds.", panels, columns=2, size=(9.0, 3.6))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from opus_bench import figures
 from opus_bench.model import SIZES
+from opus_bench.report import scale_title
 from opus_bench.sections import Row, Section, final_loss, loss_curve
 from opus_bench.tables import FOREIGN, NONE, difference, markdown, mean
 
@@ -30,7 +31,7 @@ from .paper_scale import GPU_SCALES
 from .paper_settings import QWEN
 from .runner import main
 from .scales import SCALES
-from .views import optimizer, page, title_of
+from .views import optimizer, page
 
 ABOUT = (
     "Selection does more work per update token, so a fair comparison is also one at equal time and at equal FLOPs. A "
@@ -137,7 +138,7 @@ def draw(sections: list[Section], path: Path) -> Path:
 
     note = ("Line: mean over seeds; all lines have the same update tokens. Dotted: where Random ends; what lies left "
             "of it is had at equal cost.\nFLOPs by formula; evaluation and static scores of the pool are left out.")
-    return figures.draw_panels(path, f"Loss by time and by FLOPs ({title_of(sections[0].scale)})", note, panels, rows=2,
+    return figures.draw_panels(path, f"Loss by time and by FLOPs ({scale_title(sections[0].scale)})", note, panels, rows=2,
                                columns=len(sections), size=(max(7.5, 4.2 * len(sections)), 6.4), sharey=False)
 
 

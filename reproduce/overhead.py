@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from opus_bench.schema import NOT_RUN, RecordError
 from opus_bench.tables import markdown
 
 from .counts import ESTIMATORS, LARGE, SHAPES, XL, flop_ratio, kept_bytes, token_ratio
+from .written import say_written
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = "scoring"  # whose records hold time ratios
@@ -212,17 +212,15 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
                         help="folder that holds runs/ and gets tables/ (default: results)")
     options = parser.parse_args()
-    try:
+
+    def make() -> list[Path]:
         if not options.results.is_dir():
             raise ValueError(f"{options.results} is not a folder; --results names the one that holds runs/")
         paths = write(options.results)
         print(overhead_table(time_ratios(results.load(options.results / "runs", EXPERIMENT))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in paths:
-        print(f"wrote {os.path.relpath(path)}")
-    return 0
+        return paths
+
+    return say_written(make)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opus_bench import figures, tables
-from opus_bench.report import PIPELINE_SCALES, caution
+from opus_bench.report import caution
 from opus_bench.results import load
 from opus_bench.schema import NOT_RUN, RecordError
 from opus_bench.sections import Row, Section, arrange
@@ -78,11 +78,6 @@ def by_scale(sections: Sequence[Section]) -> dict[str, list[Section]]:
 def optimizer(section: Section) -> str:
     """Its name in prose, with the model where there are several."""
     return figures.title_of(section.key)
-
-
-def title_of(scale: str) -> str:
-    """The scale in a figure's heading."""
-    return f"{scale} scale: pipeline check" if scale in PIPELINE_SCALES else f"{scale} scale"
 
 
 def cells(section: Section, row: Row, value: Value, digits: int, factor: float = 1.0) -> list[str]:
