@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from opus_bench.pools.command import size_text as size
+
 from . import counts
 from .counts import Shape
 from .paper_commands import VALIDATION_TOKENS
@@ -196,12 +198,3 @@ def cost_lines(runs: Sequence[PaperRun], rates: Rates) -> list[str]:
         named = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
         lines.append(f"  {run.setting.title}, {run.optimizer}: {size(sum(parts.values()))} ({named})")
     return lines
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
