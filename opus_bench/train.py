@@ -213,7 +213,15 @@ def validation_loss(model: nn.Module, tokens: Int[Tensor, "n t"], batch: int = 1
     Raises:
         FloatingPointError: if it is NaN or infinite.
     """
-    value = torch.cat([sample_losses(model, part) for part in tokens.split(batch)]).mean().item()
+    return finite(torch.cat([sample_losses(model, part) for part in tokens.split(batch)]).mean().item())
+
+
+def finite(value: float) -> float:
+    """A validation loss that is a number.
+
+    Raises:
+        FloatingPointError: if it is NaN or infinite.
+    """
     if not math.isfinite(value):
         raise FloatingPointError(f"the validation loss is {value}; the weights have diverged, lower the learning rate")
     return value

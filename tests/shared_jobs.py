@@ -166,13 +166,15 @@ def disagree(world: World) -> str:
     return str(found.value)
 
 
-def divide(world: World, rank: int, parallelism: str, folder: Path | None = None) -> str:
-    """What is said where one process's loss is NaN in the third of five steps."""
-    steps = []
+def divide(world: World, rank: int, parallelism: str, folder: Path | None = None, held_out: bool = False) -> tuple:
+    """What is said, and the last step kept, where one process's loss is NaN in the third of five steps; ``held_out``:
+    the validation loss after it."""
+    steps, kept = [], [0]
 
     def sick(model, part):
         losses = sample_losses(model, part)
-        return losses * float("nan") if world.rank == rank and len(steps) == 2 else losses
+        here = world.rank == rank and len(steps) == 2 and torch.is_grad_enabled() != held_out
+        return losses * float("nan") if here else losses
 
     healthy, pretraining.sample_losses = pretraining.sample_losses, sick
     config = PretrainConfig(**CONFIG | {"parallelism": parallelism})
@@ -180,12 +182,12 @@ def divide(world: World, rank: int, parallelism: str, folder: Path | None = None
     model = small("paper")
     try:
         with pytest.raises(FloatingPointError) as found:
-            pretrain(config, model, FakePool(1), FakePool(2), chooser, world, folder,
-                     on_step=lambda done, loss: steps.append(done))
+            pretrain(config, model, FakePool(1), FakePool(2), chooser, world, folder, FakePool(3),
+                     lambda done, loss: steps.append(done), kept.append)
     finally:
         pretraining.sample_losses = healthy
     assert all(bool(torch.isfinite(full(p.detach())).all()) for p in model.parameters())
-    return str(found.value)
+    return str(found.value), kept[-1]
 
 
 def starved(world: World, parallelism: str, most: int, options: dict) -> dict | str:

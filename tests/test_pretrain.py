@@ -36,7 +36,8 @@ def first_half(world, folder):
     """A run by two processes that ends after step 3, and what goes wrong in others."""
     jobs.train(world, *RUN, folder / "fsdp2", 3)
     jobs.train(world, *DDP, folder / "ddp", 3)
-    return {"nan": jobs.divide(world, 1, "fsdp2", folder / "nan"), "nan ddp": jobs.divide(world, 0, "ddp")}
+    return {"nan": jobs.divide(world, 1, "fsdp2", folder / "nan"), "nan ddp": jobs.divide(world, 0, "ddp"),
+            "nan held out": jobs.divide(world, 1, "fsdp2", folder / "nan held out", held_out=True)}
 
 
 def second_half(world, folder):
@@ -80,9 +81,12 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_four(half, whole, a
 def test_a_loss_that_is_nan_stops_every_process_and_leaves_the_checkpoint(half):
     folder, found = half
     for said in found:
-        assert said["nan"].startswith("step 2: the training loss of process 1 is nan")
-        assert said["nan ddp"].startswith("step 2: the training loss of process 0 is nan")
-    assert newest(folder / "nan").name == "step-00000002"
+        assert said["nan"][0].startswith("step 2: the training loss of process 1 is nan")
+        assert said["nan ddp"][0].startswith("step 2: the training loss of process 0 is nan")
+        assert said["nan held out"] == (
+            "step 3: the validation loss is nan; the weights have diverged, lower the learning rate", 2)
+    for name in ("nan", "nan held out"):
+        assert newest(folder / name).name == "step-00000002"
 
 
 def test_a_gradient_that_is_not_finite_stops_before_weights_change(alone):

@@ -30,7 +30,9 @@ from opus_bench.sequences import Sequences, sample_losses
 from opus_bench.distributed.selection import SharedOpus, check_scope, select_shared, step_seed
 from opus_bench.distributed.checkpoint import newest_whole, read, write
 from opus_bench.distributed.state import ShardedMuon
-from opus_bench.train import STEP_DIAGNOSTICS, Progress, build_optimizers, note_selection, peak_bytes, set_schedule
+from opus_bench.train import (
+    STEP_DIAGNOSTICS, Progress, build_optimizers, finite, named_step, note_selection, peak_bytes, set_schedule,
+)
 
 HOW = ("parallelism", "checkpointing", "microbatch", "checkpoint_every")  # leave the numbers as they are, to rounding
 
@@ -146,7 +148,8 @@ def pretrain(
 
     Raises:
         ValueError: for a selection that the processes cannot share, and for a checkpoint of other settings.
-        FloatingPointError: for a loss or gradient that is not finite, naming step and process, before weights change.
+        FloatingPointError: for a loss or gradient that is not finite, naming step and process, before weights change;
+            for a validation loss that is not, naming the step, before anything of that step is kept or written.
         OSError: for a checkpoint that cannot be written; the one before stays in force.
     """
     check_scope(config.selection, config.buffer, config.selected_size, world.size)
@@ -163,7 +166,7 @@ def pretrain(
     def evaluate() -> None:
         if validation is not None:
             held_out = validation.sequences(range(config.validation_sequences), config.length)
-            with progress.clock("eval_s"):
+            with progress.clock("eval_s"), named_step(progress.step):
                 progress.note_loss(config, "val", validation_loss(model, held_out, config, world))
 
     if start is None:
@@ -239,7 +242,11 @@ def update(
 
 
 def validation_loss(model: nn.Module, held_out: Sequences, config: PretrainConfig, world: World) -> float:
-    """Mean loss of the sequences in nat/token, each computed by one process."""
+    """Mean loss of the sequences in nat/token, each computed by one process.
+
+    Raises:
+        FloatingPointError: on every process, if it is NaN or infinite.
+    """
 
     def score(part: Sequences) -> Tensor:
         size = config.microbatch or len(part)
@@ -247,7 +254,7 @@ def validation_loss(model: nn.Module, held_out: Sequences, config: PretrainConfi
                           for start in range(0, len(part), size)])
 
     with scoring_mode(model), torch.no_grad(), autocast(world, config.precision):
-        return shared_scores(score, held_out, world).mean().item()
+        return finite(shared_scores(score, held_out, world).mean().item())
 
 
 def mean_diagnostics(diagnostics: dict[str, Any], world: World) -> dict[str, float]:
