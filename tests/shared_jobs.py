@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
+import opus_bench.distributed.checkpoint as checkpoints
 import opus_bench.distributed.pretrain as pretraining
 from baselines.greats import Greats
 from opus_bench.distributed import selection as shared_selection
@@ -188,6 +189,24 @@ def divide(world: World, rank: int, parallelism: str, folder: Path | None = None
         pretraining.sample_losses = healthy
     assert all(bool(torch.isfinite(full(p.detach())).all()) for p in model.parameters())
     return str(found.value), kept[-1]
+
+
+def broken(world: World, rank: int, folder: Path) -> str:
+    """What is said where the second checkpoint meets a fault on one process that is none of the disk."""
+    healthy = checkpoints.file_sha256
+
+    def sick(path):
+        if world.rank == rank and path.parent.name == "step-00000004.tmp":
+            raise RuntimeError("unexpected pos 64 vs 0")
+        return healthy(path)
+
+    checkpoints.file_sha256 = sick
+    try:
+        with pytest.raises(OSError) as found:
+            train(world, {}, arm("calibrated"), folder=folder)
+    finally:
+        checkpoints.file_sha256 = healthy
+    return str(found.value)
 
 
 def starved(world: World, parallelism: str, most: int, options: dict) -> dict | str:

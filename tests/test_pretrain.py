@@ -13,7 +13,7 @@ import shared_jobs as jobs
 import torch
 from processes import results, run
 
-from opus_bench.distributed.world import World
+from opus_bench.distributed.world import ProcessError, World
 from opus_bench.distributed.pretrain import PretrainConfig, pretrain, update
 from opus_bench.sequences import Sequences
 from opus_bench.distributed.checkpoint import newest, newest_whole, read
@@ -36,7 +36,8 @@ def first_half(world, folder):
     """A run by two processes that ends after step 3, and what goes wrong in others."""
     jobs.train(world, *RUN, folder / "fsdp2", 3)
     jobs.train(world, *DDP, folder / "ddp", 3)
-    return {"nan": jobs.divide(world, 1, "fsdp2", folder / "nan"), "nan ddp": jobs.divide(world, 0, "ddp"),
+    return {"broken": jobs.broken(world, 1, folder / "broken"), "nan": jobs.divide(world, 1, "fsdp2", folder / "nan"),
+            "nan ddp": jobs.divide(world, 0, "ddp"),
             "nan held out": jobs.divide(world, 1, "fsdp2", folder / "nan held out", held_out=True)}
 
 
@@ -89,6 +90,28 @@ def test_a_loss_that_is_nan_stops_every_process_and_leaves_the_checkpoint(half):
         assert newest(folder / name).name == "step-00000002"
 
 
+def test_a_fault_of_one_process_that_is_none_of_the_disk_ends_all_and_the_former_checkpoint_stays(half):
+    folder, found = half
+    for said in found:
+        said = said["broken"]
+        assert said.startswith("the checkpoint of step 4 could not be written to ")
+        assert "(ProcessError: RuntimeError: unexpected pos 64 vs 0 on process 1); step-00000002 stays in force" in said
+    assert newest(folder / "broken").name == "step-00000002"
+
+
+@pytest.mark.parametrize("error, kind, text", [
+    (OSError(28, "No space left on device"), OSError, "No space left on device on process 0"),
+    (OSError("half a disk"), OSError, "half a disk on process 0"),
+    (json.JSONDecodeError("no JSON", "", 0), ValueError, "no JSON: line 1 column 1 .char 0. on process 0"),
+    (KeyError("step"), ProcessError, "KeyError: 'step' on process 0")])
+def test_what_fails_is_told_by_kind_and_process(error, kind, text):
+    def act():
+        raise error
+
+    with pytest.raises(kind, match=f"^{text}$"):
+        World(0, 1, torch.device("cpu")).together(act)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_weights_change(alone):
     model = jobs.small("paper")
     config = PretrainConfig(**jobs.CONFIG)
@@ -139,7 +162,7 @@ def test_a_table_of_contents_with_a_payload_is_refused_and_not_executed(half, tm
     shutil.copytree(newest(half[0] / "ddp"), path)
     (path / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "executed")))
     with pytest.raises(ValueError, match="cannot be read .*names .*mkdir"):
-        read(path, jobs.small("gpt2"), [], None)
+        read(path, jobs.small("gpt2"), [], None, World(0, 1, torch.device("cpu")))
     assert not (tmp_path / "executed").exists()
 
 

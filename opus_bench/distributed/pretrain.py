@@ -159,7 +159,7 @@ def pretrain(
     progress, identity = SharedProgress(), config.identity(world.size)
     start = newest_whole(folder, world) if folder is not None else None
     if start is not None:
-        saved = read(start, model, optimizers, selector)
+        saved = read(start, model, optimizers, selector, world)
         refuse_other_settings(start, saved.pop("config"), identity)
         progress = SharedProgress(**saved)
 

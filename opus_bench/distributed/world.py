@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,12 @@ from opus_bench.sequences import Sequences
 
 PARALLELISM = ("ddp", "fsdp2")
 MINUTES = 30  # that a process waits for the others before it gives up
+
+T = TypeVar("T")
+
+
+class ProcessError(RuntimeError):
+    """What failed on some process, as all are told; not that a process was lost, which is torch's RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,28 @@ class World:
         """One number of every process, by rank."""
         return self.gather(torch.tensor([x], dtype=torch.float64), self.size).tolist()
 
+    def together(self, act: Callable[[], T]) -> T:
+        """What this process's act returns, once all have acted; what fails on any of them fails on all.
+
+        For what may fail on one process alone and is no collective: without this the others would wait in their next.
+
+        Raises:
+            OSError, ValueError: what failed, by process.
+            ProcessError: of any other exception.
+        """
+        failed: Exception | None = None
+        try:
+            found = act()
+        except Exception as error:
+            failed = error
+        everyones: list[Any] = [failed and _said(failed)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyones, everyones[self.rank])
+        bad = [(rank, *said) for rank, said in enumerate(everyones) if said]
+        if bad:
+            raise bad[0][1]("; ".join(f"{text} on process {rank}" for rank, _, text in bad)) from failed
+        return found
+
     def check_equal(self, what: str, values: Int[Tensor, " n"]) -> None:
         """Refuse to go on when processes that must agree do not.
 
@@ -175,6 +203,14 @@ def _sharded_gradients(model: nn.Module, loss: Tensor, parameters: Mapping[str, 
     finally:
         for p, grad in before:
             p.grad = grad
+
+
+def _said(error: Exception) -> tuple[type[Exception], str]:
+    """An exception as it is told to other processes: its kind, and what it says."""
+    for kind in (OSError, ValueError):
+        if isinstance(error, kind):
+            return kind, str(getattr(error, "strerror", None) or error)
+    return ProcessError, f"{type(error).__name__}: {error}"
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
