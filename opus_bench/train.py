@@ -242,6 +242,13 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def seconds() -> float:
+    """Time of a clock that nobody sets, read when a GPU in use has done what it was asked for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @dataclass
 class Progress:
     """What a run has done so far: the part of a checkpoint that ends in the record."""
@@ -262,11 +269,12 @@ class Progress:
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Add what the block takes to a field, in seconds; a GPU's work counts where it was asked for."""
+        start = seconds()
         try:
             yield
         finally:
-            setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+            setattr(self, name, getattr(self, name) + seconds() - start)
 
     def note_loss(self, config: StepSize, split: str, value: float) -> None:
         tokens = self.step * config.selected_size * config.length
