@@ -98,7 +98,8 @@ def train(world: World, options: dict, opus: Opus, model: str = "paper", folder=
         selector = SharedOpus(opus, world, config.selection == "global")
         progress = pretrain(config, trained, FakePool(1), FakePool(2), selector, world, folder, FakePool(3), on_step)
         found |= {"metrics": progress.metrics, "sha": progress.selected_sha256, "notes": progress.notes,
-                  "per_step": progress.per_step, "offered": progress.offered}
+                  "per_step": progress.per_step, "offered": progress.offered, "wall_s": progress.wall_s,
+                  "clocks_s": progress.train_s + progress.select_s + progress.eval_s}
     except StopIteration:
         pass
     finally:

@@ -3,10 +3,15 @@
 Losses after a resume are compared with those of the run that was never interrupted to 1e-10 relative in float64.
 """
 
+import io
+import itertools
 import json
 import os
 import pickle
 import shutil
+import threading
+import time
+from contextlib import ExitStack, redirect_stdout
 
 import pytest
 import shared_jobs as jobs
@@ -18,6 +23,8 @@ from opus_bench.distributed.pretrain import PretrainConfig, pretrain, update
 from opus_bench.sequences import Sequences
 from opus_bench.distributed.checkpoint import newest, newest_whole, read
 from opus_bench.train import build_optimizers, rate_factor
+from reproduce import pretrain as command
+from reproduce.training import locked
 
 # a proxy gradient that serves two steps, from the third of which the resumed run goes on
 RUN = ({"optimizer": "muon", "checkpoint_every": 3}, jobs.arm("calibrated", proxy_every=2), "gpt2")

@@ -106,6 +106,8 @@ def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method
     assert [m["step"] for m in record["metrics"] if m["split"] == "val"] == [0, 2, 4]
     assert sum(record["selection"]["chosen"].values()) == 4 * 2
     assert "length 12 instead of 4096" in record["deviations"]
+    timing = record["timing"]
+    assert timing["wall_s"] > timing["train_s"] + timing["select_s"] + timing["eval_s"]
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     before = AutoModelForCausalLM.from_pretrained(qwen3)
     moved = [not torch.equal(p, q) for p, q in zip(trained.parameters(), before.parameters())]

@@ -11,6 +11,7 @@ utilities, losses and weights to rounding; choices, but where rounding moves a d
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -116,6 +117,7 @@ class PretrainConfig:
 class SharedProgress(Progress):
     """Progress of all processes."""
 
+    wall_s: float = 0.0  # from the first loss to the last, over all starts: the clocks, data, checkpoints and the rest
     notes: list[str] = field(default_factory=list)  # what was out of the ordinary
 
 
@@ -162,6 +164,7 @@ def pretrain(
         saved = read(start, model, optimizers, selector, world)
         refuse_other_settings(start, saved.pop("config"), identity)
         progress = SharedProgress(**saved)
+    begun = time.perf_counter() - progress.wall_s
 
     def evaluate() -> None:
         if validation is not None:
@@ -196,10 +199,12 @@ def pretrain(
             keep(progress.step)
         if folder is not None and (progress.step % config.checkpoint_every == 0 or progress.step == config.steps):
             gather_notes(progress, selector, world)
+            progress.wall_s = time.perf_counter() - begun
             write(folder, progress.step, model, optimizers, selector, vars(progress) | {"config": identity}, world)
         if on_step is not None:
             on_step(progress.step, loss)
     gather_notes(progress, selector, world)
+    progress.wall_s = time.perf_counter() - begun
     return progress
 
 
