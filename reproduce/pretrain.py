@@ -20,7 +20,7 @@ import argparse
 import os
 import shutil
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ from opus_bench.validation.own_settings import OwnSettings
 from .presets import METHODS, VOCABULARY
 from .pretrain_plan import Plan, parser, settle, text
 from .training import locked
+
+
+POLL = 10  # seconds between two looks at a run's lock
 
 
 def outline(plan: Plan, options: argparse.Namespace) -> nn.Module:
@@ -155,8 +158,9 @@ def run(options: argparse.Namespace) -> None:
     world = World.start()
     if world.device.type == "cpu":
         set_determinism(torch.get_num_threads())
-    with locked(options.results, identity) if world.rank == 0 else nullcontext():
-        if any(world.each(world.rank == 0 and results.done(records, identity))):
+    with ExitStack() as held:
+        hold(held, options.results, identity, world)
+        if any(world.each(world.together(lambda: world.rank == 0 and results.done(records, identity)))):
             path = results.record_path(records, identity)
             if options.save is not None and not (options.save / "config.json").exists():
                 raise ValueError(f"{path} is there, its model is not in {options.save}; move the record away to train "
@@ -166,6 +170,26 @@ def run(options: argparse.Namespace) -> None:
         else:
             train_and_record(plan, options, world, identity, pools)
     world.stop()
+
+
+def hold(held: ExitStack, results_dir: Path, identity: str, world: World) -> None:
+    """Lock the run's folder on process 0 until the stack ends; all wait while another start of the run has it.
+
+    The processes meet after every POLL seconds, so none is taken for lost however long the other start takes.
+    """
+
+    def mine() -> bool:
+        try:
+            held.enter_context(locked(results_dir, identity, POLL))
+        except TimeoutError:
+            return False
+        return True
+
+    told = False
+    while not any(world.each(world.together(lambda: world.rank == 0 and mine()))):
+        if world.rank == 0 and not told:
+            print(f"another start of run {identity} is at work in {results_dir}; waiting for its end", flush=True)
+        told = True
 
 
 def train_and_record(

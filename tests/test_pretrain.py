@@ -43,9 +43,34 @@ def first_half(world, folder):
     """A run by two processes that ends after step 3, and what goes wrong in others."""
     jobs.train(world, *RUN, folder / "fsdp2", 3)
     jobs.train(world, *DDP, folder / "ddp", 3)
-    return {"broken": jobs.broken(world, 1, folder / "broken"), "nan": jobs.divide(world, 1, "fsdp2", folder / "nan"),
+    return {"queue": queue(world, folder), "broken": jobs.broken(world, 1, folder / "broken"),
+            "nan": jobs.divide(world, 1, "fsdp2", folder / "nan"),
             "nan ddp": jobs.divide(world, 0, "ddp"),
             "nan held out": jobs.divide(world, 1, "fsdp2", folder / "nan held out", held_out=True)}
+
+
+def queue(world, folder):
+    """What is said, and whether the run was held then, by a start that meets another, and one with no folder."""
+    command.POLL, said, blocked, taken = 0.05, io.StringIO(), folder / "file", threading.Event()
+    blocked.touch()
+
+    def other():
+        with locked(folder, "run"):
+            taken.set()
+            time.sleep(0.5)
+
+    with ExitStack() as held, redirect_stdout(said):
+        if world.rank == 1:
+            threading.Thread(target=other).start()
+            taken.wait()
+        world.check_equal("starts", torch.zeros(1))
+        command.hold(held, folder, "run", world)
+        with pytest.raises(TimeoutError), locked(folder, "run", 0):
+            pass
+        world.check_equal("ends", torch.zeros(1))
+    with ExitStack() as held, pytest.raises(OSError) as found:
+        command.hold(held, blocked, "run", world)
+    return said.getvalue(), str(found.value)
 
 
 def second_half(world, folder):
@@ -95,6 +120,13 @@ def test_a_loss_that_is_nan_stops_every_process_and_leaves_the_checkpoint(half):
             "step 3: the validation loss is nan; the weights have diverged, lower the learning rate", 2)
     for name in ("nan", "nan held out"):
         assert newest(folder / name).name == "step-00000002"
+
+
+def test_a_second_start_of_a_run_waits_for_the_first_on_all_processes(half):
+    folder, found = half
+    waits = f"another start of run run is at work in {folder}; waiting for its end\n"
+    assert [said["queue"] for said in found] == [(waits, "Not a directory on process 0"),
+                                                 ("", "Not a directory on process 0")]
 
 
 def test_a_fault_of_one_process_that_is_none_of_the_disk_ends_all_and_the_former_checkpoint_stays(half):
@@ -230,6 +262,19 @@ def test_progress_is_plain_json_and_a_run_that_is_done_is_not_trained_again(alon
     assert again["losses"] == [] and again["sha"] == found["sha"]
     for name, p in found["weights"].items():
         assert torch.equal(p, again["weights"][name])
+
+
+def test_the_wall_clock_runs_on_over_all_starts_of_a_run(alone, tmp_path, monkeypatch):
+    """A second passes whenever time is read: twice a clock, once at a start, a checkpoint and the end."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    whole = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path / "whole")
+    readings = 2 * (5 + 5 + 3)  # of clocks: steps, selections, validation losses
+    assert (whole["clocks_s"], whole["wall_s"]) == (readings / 2, readings + 3 + 1)  # checkpoints at 2, 4, 5; end
+    jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path / "stopped", stop=2)
+    next(itertools.islice(ticks, 1000, None))  # a thousand seconds in which nothing runs
+    resumed = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path / "stopped")
+    assert (resumed["clocks_s"], resumed["wall_s"]) == (whole["clocks_s"], whole["wall_s"])
 
 
 @pytest.mark.parametrize("options, message", [
