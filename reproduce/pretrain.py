@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -58,7 +59,7 @@ def outline(plan: Plan, options: argparse.Namespace) -> nn.Module:
 
 
 def load(plan: Plan, options: argparse.Namespace) -> nn.Module:
-    """The model on the CPU in float32, the same on every process: made anew from the seed, or read."""
+    """The model on the CPU in float32: made anew from the seed, or read."""
     if plan.where in SIZES:
         torch.manual_seed(plan.config.seed)
         return OpusGPT2(OpusGPT2Config.from_size(plan.where, VOCABULARY))
@@ -92,6 +93,14 @@ def check_tokens(pools: dict[str, Any], model: nn.Module, length: int) -> None:
         if pool.vocab_size is not None and pool.vocab_size > rows:
             raise ValueError(f"--{name} has tokens of a vocabulary of {pool.vocab_size}, the model one of {rows}; make "
                              "the pool with the model's tokenizer")
+
+
+def check_memory(model: nn.Module) -> None:
+    """Refuse to read weights that this machine's memory cannot hold."""
+    need, free = sum(p.numel() * p.element_size() for p in model.parameters()), psutil.virtual_memory().available
+    if need > free:
+        raise ValueError(f"the weights take {need / 1e9:.1f} GB of memory where they are read, {free / 1e9:.1f} are "
+                         "free; free some, or start on a machine with more")
 
 
 def record_of(
@@ -196,7 +205,14 @@ def train_and_record(
     plan: Plan, options: argparse.Namespace, world: World, identity: str, pools: dict[str, Any]
 ) -> None:
     """Train on all processes; process 0 writes the record, and the model where it is asked for."""
-    model = load(plan, options)
+    model = outline(plan, options)
+
+    def weights() -> nn.Module:
+        check_memory(model)
+        whole = load(plan, options)
+        model.generation_config = whole.generation_config  # of the folder, where it has one
+        return whole
+
     checkpoints = options.results / "work" / identity / "checkpoints"
     with tqdm(total=plan.config.steps, unit="step", disable=None if world.rank == 0 else True) as bar:
 
@@ -209,7 +225,7 @@ def train_and_record(
                 save(model, options.save.with_name(f"{options.save.name}-{done}"), world)
 
         progress = pretrain(plan.config, model, pools["data"], pools["proxy"], selector_for(plan, world), world,
-                            checkpoints, pools.get("validation"), on_step, keep)
+                            checkpoints, pools.get("validation"), on_step, keep, weights)
     weights = weights_sha256(model)
     if options.save is not None:
         save(model, options.save, world)

@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import shared_jobs as jobs
 import torch
@@ -249,6 +251,15 @@ def test_bad_input_is_one_line_before_anything_is_computed(call, arguments, mess
     code, _, err = call(*arguments)
     assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_weights_that_memory_cannot_hold_are_not_read(call, qwen3, monkeypatch):
+    need = 4 * sum(p.numel() for p in jobs.small_qwen3().parameters())
+    for name, free, code in (("short", need - 1, 2), ("enough", need, 0)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=free))
+        said = call("--model", qwen3, "--method", "random", *SMALL)
+        assert said[0] == code, said[2]
+        assert ("GB of memory where they are read" in said[2]) == (code == 2)
 
 
 def test_a_vocabulary_that_the_model_lacks_is_refused(call, qwen3, monkeypatch):

@@ -31,6 +31,7 @@ from opus_bench.sequences import Sequences, sample_losses
 from opus_bench.distributed.selection import SharedOpus, check_scope, select_shared, step_seed
 from opus_bench.distributed.checkpoint import newest_whole, read, write
 from opus_bench.distributed.state import ShardedMuon
+from opus_bench.distributed.weights import receiver
 from opus_bench.train import (
     STEP_DIAGNOSTICS, Progress, build_optimizers, finite, named_step, note_selection, peak_bytes, set_schedule,
 )
@@ -140,22 +141,26 @@ def pretrain(
     validation: Pool | None = None,
     on_step: Callable[[int, float], None] | None = None,
     keep: Callable[[int], None] | None = None,
+    weights: Callable[[], nn.Module] | None = None,
 ) -> SharedProgress:
     """Train the model in place to the end of the config, from the checkpoint in ``folder`` if there is one.
 
-    All processes call this together with the same arguments and the same initial weights; the model is spread over
-    them (``distributed.parallelize``).  ``on_step`` gets the number of steps done and the step's loss (nat/token).
-    ``keep`` gets the number of steps done before that step's checkpoint is written: what it leaves of a step is
-    there whenever a run goes on after that step.
+    All processes call this together with the same arguments; the model is spread over them (``world.parallelize``).
+    It has the same initial weights everywhere, or lies on the meta device: then process 0 calls ``weights`` for the
+    whole of it on the CPU, and the others receive theirs (weights.py).  ``on_step`` gets the number of steps done and
+    the step's loss (nat/token).  ``keep`` gets the number of steps done before that step's checkpoint is written:
+    what it leaves of a step is there whenever a run goes on after that step.
 
     Raises:
-        ValueError: for a selection that the processes cannot share, and for a checkpoint of other settings.
+        ValueError: for a selection that the processes cannot share, weights that are not the model's, and a checkpoint
+            of other settings.
         FloatingPointError: for a loss or gradient that is not finite, naming step and process, before weights change;
             for a validation loss that is not, naming the step, before anything of that step is kept or written.
         OSError: for a checkpoint that cannot be written; the one before stays in force.
     """
     check_scope(config.selection, config.buffer, config.selected_size, world.size)
-    training_module = parallelize(model, config.parallelism, config.checkpointing, world)
+    training_module = parallelize(model, config.parallelism, config.checkpointing, world,
+                                  receiver(model, weights, world))
     model.train()
     optimizers = build_optimizers(model, config, ShardedMuon)
     progress, identity = SharedProgress(), config.identity(world.size)

@@ -227,7 +227,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def parallelize(model: nn.Module, parallelism: str, checkpointing: bool, world: World) -> nn.Module:
+def parallelize(
+    model: nn.Module, parallelism: str, checkpointing: bool, world: World,
+    receive: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
     """Spread a model over the processes in place; returns the module to call in training.
 
     "ddp": every process keeps all weights; the returned wrapper averages gradients.  "fsdp2": blocks, and what
@@ -235,14 +238,17 @@ def parallelize(model: nn.Module, parallelism: str, checkpointing: bool, world: 
     and given back after each, so that a change of the shards is always seen.  ``checkpointing`` recomputes each
     block's activations in the backward.
 
-    All processes must hold the same weights.  Names of modules and parameters stay as they are.
+    All processes must hold the same weights, or none yet (the meta device): then ``receive`` is called with every
+    part before it is sharded, or with the model, and gives it its weights on the device (weights.py).  Names of
+    modules and parameters stay as they are.
 
     Raises:
         ValueError: for an unknown parallelism.
     """
     if parallelism not in PARALLELISM:
         raise ValueError(f"parallelism must be {' or '.join(PARALLELISM)}, got {parallelism!r}")
-    model.to(world.device)
+    if receive is None:
+        model.to(world.device)
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.use_cache = False  # a cache would be filled twice by recomputation
@@ -251,11 +257,15 @@ def parallelize(model: nn.Module, parallelism: str, checkpointing: bool, world: 
         for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if parallelism == "ddp":
+        if receive is not None:
+            receive(model)
         return DistributedDataParallel(model, forward_sync_buffers=False) if world.size > 1 else model
     # logits may be a view of the last layer's output; nothing here writes into them
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
     for module in [*blocks, model]:
+        if receive is not None:
+            receive(module)
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
 
