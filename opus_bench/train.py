@@ -213,7 +213,15 @@ def validation_loss(model: nn.Module, tokens: Int[Tensor, "n t"], batch: int = 1
     Raises:
         FloatingPointError: if it is NaN or infinite.
     """
-    value = torch.cat([sample_losses(model, part) for part in tokens.split(batch)]).mean().item()
+    return finite(torch.cat([sample_losses(model, part) for part in tokens.split(batch)]).mean().item())
+
+
+def finite(value: float) -> float:
+    """A validation loss that is a number.
+
+    Raises:
+        FloatingPointError: if it is NaN or infinite.
+    """
     if not math.isfinite(value):
         raise FloatingPointError(f"the validation loss is {value}; the weights have diverged, lower the learning rate")
     return value
@@ -232,6 +240,13 @@ def peak_bytes() -> int:
     """Peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def seconds() -> float:
+    """Time of a clock that nobody sets, read when a GPU in use has done what it was asked for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass
@@ -254,11 +269,12 @@ class Progress:
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Add what the block takes to a field, in seconds; a GPU's work counts where it was asked for."""
+        start = seconds()
         try:
             yield
         finally:
-            setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+            setattr(self, name, getattr(self, name) + seconds() - start)
 
     def note_loss(self, config: StepSize, split: str, value: float) -> None:
         tokens = self.step * config.selected_size * config.length

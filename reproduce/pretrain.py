@@ -20,10 +20,11 @@ import argparse
 import os
 import shutil
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -46,6 +47,9 @@ from .pretrain_plan import Plan, parser, settle, text
 from .training import locked
 
 
+POLL = 10  # seconds between two looks at a run's lock
+
+
 def outline(plan: Plan, options: argparse.Namespace) -> nn.Module:
     """The model without memory, for its parameters' shapes."""
     if plan.where in SIZES:
@@ -55,7 +59,7 @@ def outline(plan: Plan, options: argparse.Namespace) -> nn.Module:
 
 
 def load(plan: Plan, options: argparse.Namespace) -> nn.Module:
-    """The model on the CPU in float32, the same on every process: made anew from the seed, or read."""
+    """The model on the CPU in float32: made anew from the seed, or read."""
     if plan.where in SIZES:
         torch.manual_seed(plan.config.seed)
         return OpusGPT2(OpusGPT2Config.from_size(plan.where, VOCABULARY))
@@ -91,6 +95,14 @@ def check_tokens(pools: dict[str, Any], model: nn.Module, length: int) -> None:
                              "the pool with the model's tokenizer")
 
 
+def check_memory(model: nn.Module) -> None:
+    """Refuse to read weights that this machine's memory cannot hold."""
+    need, free = sum(p.numel() * p.element_size() for p in model.parameters()), psutil.virtual_memory().available
+    if need > free:
+        raise ValueError(f"the weights take {need / 1e9:.1f} GB of memory where they are read, {free / 1e9:.1f} are "
+                         "free; free some, or start on a machine with more")
+
+
 def record_of(
     plan: Plan, world: World, identity: str, pools: dict[str, Any], progress: SharedProgress, weights: str
 ) -> dict:
@@ -115,8 +127,7 @@ def record_of(
         "code": {"version": provenance.code_version(), **provenance.git_state()},
         "environment": {**provenance.environment(str(world.device)), "world_size": world.size,
                         "parallelism": plan.config.parallelism},
-        "timing": {"wall_s": progress.train_s + progress.select_s + progress.eval_s, "train_s": progress.train_s,
-                   "select_s": progress.select_s, "eval_s": progress.eval_s, "peak_bytes": progress.peak_bytes},
+        "timing": {name: getattr(progress, name) for name in ("wall_s", "train_s", "select_s", "eval_s", "peak_bytes")},
         "metrics": progress.metrics,
         "evals": [],
         "selection": {"offered": progress.offered, "chosen": progress.chosen, "per_step": progress.per_step,
@@ -156,8 +167,9 @@ def run(options: argparse.Namespace) -> None:
     world = World.start()
     if world.device.type == "cpu":
         set_determinism(torch.get_num_threads())
-    with locked(options.results, identity) if world.rank == 0 else nullcontext():
-        if any(world.each(world.rank == 0 and results.done(records, identity))):
+    with ExitStack() as held:
+        hold(held, options.results, identity, world)
+        if any(world.each(world.together(lambda: world.rank == 0 and results.done(records, identity)))):
             path = results.record_path(records, identity)
             if options.save is not None and not (options.save / "config.json").exists():
                 raise ValueError(f"{path} is there, its model is not in {options.save}; move the record away to train "
@@ -169,11 +181,38 @@ def run(options: argparse.Namespace) -> None:
     world.stop()
 
 
+def hold(held: ExitStack, results_dir: Path, identity: str, world: World) -> None:
+    """Lock the run's folder on process 0 until the stack ends; all wait while another start of the run has it.
+
+    The processes meet after every POLL seconds, so none is taken for lost however long the other start takes.
+    """
+
+    def mine() -> bool:
+        try:
+            held.enter_context(locked(results_dir, identity, POLL))
+        except TimeoutError:
+            return False
+        return True
+
+    told = False
+    while not any(world.each(world.together(lambda: world.rank == 0 and mine()))):
+        if world.rank == 0 and not told:
+            print(f"another start of run {identity} is at work in {results_dir}; waiting for its end", flush=True)
+        told = True
+
+
 def train_and_record(
     plan: Plan, options: argparse.Namespace, world: World, identity: str, pools: dict[str, Any]
 ) -> None:
     """Train on all processes; process 0 writes the record, and the model where it is asked for."""
-    model = load(plan, options)
+    model = outline(plan, options)
+
+    def weights() -> nn.Module:
+        check_memory(model)
+        whole = load(plan, options)
+        model.generation_config = whole.generation_config  # of the folder, where it has one
+        return whole
+
     checkpoints = options.results / "work" / identity / "checkpoints"
     with tqdm(total=plan.config.steps, unit="step", disable=None if world.rank == 0 else True) as bar:
 
@@ -186,7 +225,7 @@ def train_and_record(
                 save(model, options.save.with_name(f"{options.save.name}-{done}"), world)
 
         progress = pretrain(plan.config, model, pools["data"], pools["proxy"], selector_for(plan, world), world,
-                            checkpoints, pools.get("validation"), on_step, keep)
+                            checkpoints, pools.get("validation"), on_step, keep, weights)
     weights = weights_sha256(model)
     if options.save is not None:
         save(model, options.save, world)

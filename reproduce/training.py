@@ -206,16 +206,19 @@ def corpus_hashes(corpus: Corpus) -> dict[str, str]:
 
 
 @contextmanager
-def locked(results_dir: Path, run_id: str) -> Iterator[Path]:
+def locked(results_dir: Path, run_id: str, wait: float = -1) -> Iterator[Path]:
     """The working folder of a run, made and held by this process alone until the block ends.
 
     What a killed process left of writing the run's record is swept away.
+
+    Raises:
+        TimeoutError: if another process holds it for ``wait`` seconds more; by default it is waited for.
     """
     from filelock import FileLock
 
     work = results_dir / "work" / run_id
     work.mkdir(parents=True, exist_ok=True)
-    with FileLock(work / "lock"):
+    with FileLock(work / "lock", timeout=wait):
         for half_written in (results_dir / "runs").glob(f".{run_id}.*.tmp"):
             half_written.unlink()
         yield work

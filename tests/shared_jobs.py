@@ -14,7 +14,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
+import opus_bench.distributed.checkpoint as checkpoints
 import opus_bench.distributed.pretrain as pretraining
+import opus_bench.distributed.world as spreading
 from baselines.greats import Greats
 from opus_bench.distributed import selection as shared_selection
 from opus_bench.distributed.world import World, parallelize, shared_mean_gradient
@@ -49,10 +51,10 @@ class FakePool:
         return tuple("ab"[int(i) % 2] for i in ids)
 
 
-def small_qwen3():
+def small_qwen3(tied=False):
     return AutoModelForCausalLM.from_config(Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=32, tie_word_embeddings=False))
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=32, tie_word_embeddings=tied))
 
 
 def small_gpt2():
@@ -62,7 +64,8 @@ def small_gpt2():
         attn_pdrop=0, bos_token_id=0, eos_token_id=0))
 
 
-MODELS = {"paper": small_paper_gpt2, "gpt2": small_gpt2, "qwen3": small_qwen3}
+MODELS = {"paper": small_paper_gpt2, "gpt2": small_gpt2, "qwen3": small_qwen3,
+          "qwen3 tied": lambda: small_qwen3(tied=True)}
 
 
 def small(name: str, dtype: torch.dtype = torch.float64):
@@ -75,11 +78,16 @@ def arm(name: str, **overrides) -> Opus:
 
 
 def train(world: World, options: dict, opus: Opus, model: str = "paper", folder=None, stop: int | None = None,
-          dtype: torch.dtype = torch.float64) -> dict:
-    """A run; its losses, choices and weights.  ``stop``: leave after so many steps, as if killed there."""
+          dtype: torch.dtype = torch.float64, weights=None) -> dict:
+    """A run; its losses, choices and weights.  ``stop``: leave after so many steps, as if killed there.  ``weights``:
+    what process 0 reads the model by, in place of a model on every process."""
     config = PretrainConfig(**CONFIG | options)
     found: dict = {"losses": [], "chosen": []}
-    trained = small(model, dtype)
+    if weights is None:
+        trained = small(model, dtype)
+    else:
+        with torch.device("meta"):
+            trained = MODELS[model]().to(dtype)
 
     def on_step(done: int, loss: float) -> None:
         found["losses"].append(loss)
@@ -95,9 +103,11 @@ def train(world: World, options: dict, opus: Opus, model: str = "paper", folder=
     pretraining.note_selection = note
     try:
         selector = SharedOpus(opus, world, config.selection == "global")
-        progress = pretrain(config, trained, FakePool(1), FakePool(2), selector, world, folder, FakePool(3), on_step)
+        progress = pretrain(config, trained, FakePool(1), FakePool(2), selector, world, folder, FakePool(3), on_step,
+                            weights=weights)
         found |= {"metrics": progress.metrics, "sha": progress.selected_sha256, "notes": progress.notes,
-                  "per_step": progress.per_step, "offered": progress.offered}
+                  "per_step": progress.per_step, "offered": progress.offered, "wall_s": progress.wall_s,
+                  "clocks_s": progress.train_s + progress.select_s + progress.eval_s}
     except StopIteration:
         pass
     finally:
@@ -105,6 +115,41 @@ def train(world: World, options: dict, opus: Opus, model: str = "paper", folder=
     found["weights"] = {k: full(p.detach()).clone() for k, p in trained.named_parameters()}
     found["sharded"] = all(isinstance(p, DTensor) for p in trained.parameters())
     return found
+
+
+def received(world: World, options: dict, opus: Opus, model: str) -> dict:
+    """A run of a model that process 0 alone reads; how often this process did, and how many parameters it held
+    unsharded whenever it sharded a part."""
+    read, unsharded, parallelize_, shard = [], [], pretraining.parallelize, spreading.fully_shard
+
+    def weights():
+        read.append(world.rank)
+        return small(model)
+
+    def watched(spread, *arguments):
+        def counted(part, **how):
+            unsharded.append(sum(
+                p.numel() for p in spread.parameters() if not p.is_meta and not isinstance(p, DTensor)))
+            return shard(part, **how)
+
+        spreading.fully_shard = counted
+        return parallelize_(spread, *arguments)
+
+    pretraining.parallelize = watched
+    try:
+        return train(world, options, opus, model, weights=weights) | {"read": read, "unsharded": unsharded}
+    finally:
+        pretraining.parallelize, spreading.fully_shard = parallelize_, shard
+
+
+def unreadable(world: World) -> str:
+    """What is said where process 0 cannot read its weights."""
+    def weights():
+        raise ValueError("no such file")
+
+    with pytest.raises(ValueError) as found:
+        train(world, {}, arm("calibrated"), weights=weights)
+    return str(found.value)
 
 
 def stepped(model, optimizer: str, world: World, parallelism: str = "fsdp2"):
@@ -166,13 +211,15 @@ def disagree(world: World) -> str:
     return str(found.value)
 
 
-def divide(world: World, rank: int, parallelism: str, folder: Path | None = None) -> str:
-    """What is said where one process's loss is NaN in the third of five steps."""
-    steps = []
+def divide(world: World, rank: int, parallelism: str, folder: Path | None = None, held_out: bool = False) -> tuple:
+    """What is said, and the last step kept, where one process's loss is NaN in the third of five steps; ``held_out``:
+    the validation loss after it."""
+    steps, kept = [], [0]
 
     def sick(model, part):
         losses = sample_losses(model, part)
-        return losses * float("nan") if world.rank == rank and len(steps) == 2 else losses
+        here = world.rank == rank and len(steps) == 2 and torch.is_grad_enabled() != held_out
+        return losses * float("nan") if here else losses
 
     healthy, pretraining.sample_losses = pretraining.sample_losses, sick
     config = PretrainConfig(**CONFIG | {"parallelism": parallelism})
@@ -180,11 +227,29 @@ def divide(world: World, rank: int, parallelism: str, folder: Path | None = None
     model = small("paper")
     try:
         with pytest.raises(FloatingPointError) as found:
-            pretrain(config, model, FakePool(1), FakePool(2), chooser, world, folder,
-                     on_step=lambda done, loss: steps.append(done))
+            pretrain(config, model, FakePool(1), FakePool(2), chooser, world, folder, FakePool(3),
+                     lambda done, loss: steps.append(done), kept.append)
     finally:
         pretraining.sample_losses = healthy
     assert all(bool(torch.isfinite(full(p.detach())).all()) for p in model.parameters())
+    return str(found.value), kept[-1]
+
+
+def broken(world: World, rank: int, folder: Path) -> str:
+    """What is said where the second checkpoint meets a fault on one process that is none of the disk."""
+    healthy = checkpoints.file_sha256
+
+    def sick(path):
+        if world.rank == rank and path.parent.name == "step-00000004.tmp":
+            raise RuntimeError("unexpected pos 64 vs 0")
+        return healthy(path)
+
+    checkpoints.file_sha256 = sick
+    try:
+        with pytest.raises(OSError) as found:
+            train(world, {}, arm("calibrated"), folder=folder)
+    finally:
+        checkpoints.file_sha256 = healthy
     return str(found.value)
 
 

@@ -13,7 +13,8 @@ import torch
 from processes import results
 from small_models import tokens
 
-from opus_bench.distributed.world import World, parallelize
+from opus_bench.distributed.weights import receiver
+from opus_bench.distributed.world import World, blocks_of, parallelize
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.gradients import mean_gradient
 from opus_bench.preconditioner import preconditioners
@@ -41,6 +42,12 @@ RUNS = {
         (2,)),
     "fsdp2 forward": ({}, ("calibrated", {"estimator": "forward", "relative_step": 1e-4}), "paper", (2,)),
 }
+RECEIVED = {  # of a model that process 0 alone reads
+    "fsdp2 received": ({}, ("calibrated", {}), "paper", (2,)),
+    "ddp received": ({"parallelism": "ddp"}, ("calibrated", {}), "gpt2", (2,)),
+    "fsdp2 received, tied": ({"optimizer": "muon"}, ("calibrated", {}), "qwen3 tied", (2,)),
+    "fsdp2 received, untied": ({}, ("calibrated", {}), "qwen3", (4,)),
+}
 LOCAL = {"ddp local": ({"parallelism": "ddp", "selection": "local"}, ("calibrated", {}), "paper", MANY),
          "fsdp2 local": ({"selection": "local"}, ("paper", {"sketch_width": 64, "temperature": 1e-4}), "qwen3", (2,))}
 UTILITIES = {  # arm, optimizer, parallelism, model, sizes of the world
@@ -65,12 +72,15 @@ def opus(arm):
 def all_jobs(size):
     found = {name: (jobs.train, (options, opus(arm), model))
              for name, (options, arm, model, sizes) in (RUNS | LOCAL).items() if size in sizes}
+    found |= {name: (jobs.received, (options, opus(arm), model))
+              for name, (options, arm, model, sizes) in RECEIVED.items() if size in sizes}
     found |= {f"u {name}": (jobs.utilities, (opus(arm), *rest))
               for name, (arm, *rest, sizes) in UTILITIES.items() if size in sizes}
     found |= {f"p {optimizer}": (jobs.preconditioners_of, (optimizer,)) for optimizer in ("adamw", "muon")}
     found["few"] = (jobs.utilities, (jobs.arm("calibrated"), "adamw", "fsdp2", "paper", size - 1))
     if size == 2:
         found["disagree"] = (jobs.disagree, ())
+        found["unreadable"] = (jobs.unreadable, ())
         found["starved"] = (jobs.starved, ("ddp", 1, {}))
         rest = ("paper", None, None, torch.float32)
         found["float32"] = (jobs.train, ({}, jobs.arm("calibrated"), *rest))
@@ -134,6 +144,38 @@ def test_global_selection_chooses_and_trains_as_one_process(of, name, size):
     for found in of(size):
         compare(found[name], want, tolerance)
         assert found[name]["sharded"] == name.startswith("fsdp2")
+
+
+@pytest.mark.parametrize("name, size", cases(RECEIVED))
+def test_weights_that_one_process_reads_train_as_those_that_all_read(of, name, size):
+    options, arm, model, _ = RECEIVED[name]
+    want = plain_run(options, arm, model)
+    whole = jobs.small(model)
+    total = sum(p.numel() for p in whole.parameters())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(whole)]
+    for rank, found in enumerate(of(size)):
+        compare(found[name], want)
+        assert found[name]["read"] == [0] * (rank == 0)
+        assert found[name]["sharded"] == name.startswith("fsdp2")
+        if found[name]["sharded"]:  # never more than the part that is sharded next
+            assert found[name]["unsharded"] == [*blocks, total - sum(blocks)]
+
+
+def test_weights_that_cannot_be_read_end_every_process(of):
+    assert [found["unreadable"] for found in of(2)] == ["no such file on process 0"] * 2
+
+
+def test_an_outline_refuses_weights_of_another_model():
+    world = World(0, 1, torch.device("cpu"))
+    assert receiver(jobs.small("qwen3"), None, world) is None
+    with torch.device("meta"):
+        outline = jobs.small_qwen3()
+    with pytest.raises(ValueError, match="nothing says how its weights are read"):
+        receiver(outline, None, world)
+    with pytest.raises(ValueError, match="another shape or type, .*model.norm.weight.*lm_head.weight"):
+        receiver(outline, lambda: jobs.small("qwen3"), world)  # float64
+    with pytest.raises(ValueError, match="what was read lacks, .*model.layers.0"):
+        receiver(outline, jobs.small_gpt2, world)
 
 
 @pytest.mark.parametrize("name, size", cases(LOCAL))

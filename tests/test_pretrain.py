@@ -3,21 +3,28 @@
 Losses after a resume are compared with those of the run that was never interrupted to 1e-10 relative in float64.
 """
 
+import io
+import itertools
 import json
 import os
 import pickle
 import shutil
+import threading
+import time
+from contextlib import ExitStack, redirect_stdout
 
 import pytest
 import shared_jobs as jobs
 import torch
 from processes import results, run
 
-from opus_bench.distributed.world import World
+from opus_bench.distributed.world import ProcessError, World
 from opus_bench.distributed.pretrain import PretrainConfig, pretrain, update
 from opus_bench.sequences import Sequences
 from opus_bench.distributed.checkpoint import newest, newest_whole, read
 from opus_bench.train import build_optimizers, rate_factor
+from reproduce import pretrain as command
+from reproduce.training import locked
 
 # a proxy gradient that serves two steps, from the third of which the resumed run goes on
 RUN = ({"optimizer": "muon", "checkpoint_every": 3}, jobs.arm("calibrated", proxy_every=2), "gpt2")
@@ -36,7 +43,34 @@ def first_half(world, folder):
     """A run by two processes that ends after step 3, and what goes wrong in others."""
     jobs.train(world, *RUN, folder / "fsdp2", 3)
     jobs.train(world, *DDP, folder / "ddp", 3)
-    return {"nan": jobs.divide(world, 1, "fsdp2", folder / "nan"), "nan ddp": jobs.divide(world, 0, "ddp")}
+    return {"queue": queue(world, folder), "broken": jobs.broken(world, 1, folder / "broken"),
+            "nan": jobs.divide(world, 1, "fsdp2", folder / "nan"),
+            "nan ddp": jobs.divide(world, 0, "ddp"),
+            "nan held out": jobs.divide(world, 1, "fsdp2", folder / "nan held out", held_out=True)}
+
+
+def queue(world, folder):
+    """What is said, and whether the run was held then, by a start that meets another, and one with no folder."""
+    command.POLL, said, blocked, taken = 0.05, io.StringIO(), folder / "file", threading.Event()
+    blocked.touch()
+
+    def other():
+        with locked(folder, "run"):
+            taken.set()
+            time.sleep(0.5)
+
+    with ExitStack() as held, redirect_stdout(said):
+        if world.rank == 1:
+            threading.Thread(target=other).start()
+            taken.wait()
+        world.check_equal("starts", torch.zeros(1))
+        command.hold(held, folder, "run", world)
+        with pytest.raises(TimeoutError), locked(folder, "run", 0):
+            pass
+        world.check_equal("ends", torch.zeros(1))
+    with ExitStack() as held, pytest.raises(OSError) as found:
+        command.hold(held, blocked, "run", world)
+    return said.getvalue(), str(found.value)
 
 
 def second_half(world, folder):
@@ -80,9 +114,41 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_four(half, whole, a
 def test_a_loss_that_is_nan_stops_every_process_and_leaves_the_checkpoint(half):
     folder, found = half
     for said in found:
-        assert said["nan"].startswith("step 2: the training loss of process 1 is nan")
-        assert said["nan ddp"].startswith("step 2: the training loss of process 0 is nan")
-    assert newest(folder / "nan").name == "step-00000002"
+        assert said["nan"][0].startswith("step 2: the training loss of process 1 is nan")
+        assert said["nan ddp"][0].startswith("step 2: the training loss of process 0 is nan")
+        assert said["nan held out"] == (
+            "step 3: the validation loss is nan; the weights have diverged, lower the learning rate", 2)
+    for name in ("nan", "nan held out"):
+        assert newest(folder / name).name == "step-00000002"
+
+
+def test_a_second_start_of_a_run_waits_for_the_first_on_all_processes(half):
+    folder, found = half
+    waits = f"another start of run run is at work in {folder}; waiting for its end\n"
+    assert [said["queue"] for said in found] == [(waits, "Not a directory on process 0"),
+                                                 ("", "Not a directory on process 0")]
+
+
+def test_a_fault_of_one_process_that_is_none_of_the_disk_ends_all_and_the_former_checkpoint_stays(half):
+    folder, found = half
+    for said in found:
+        said = said["broken"]
+        assert said.startswith("the checkpoint of step 4 could not be written to ")
+        assert "(ProcessError: RuntimeError: unexpected pos 64 vs 0 on process 1); step-00000002 stays in force" in said
+    assert newest(folder / "broken").name == "step-00000002"
+
+
+@pytest.mark.parametrize("error, kind, text", [
+    (OSError(28, "No space left on device"), OSError, "No space left on device on process 0"),
+    (OSError("half a disk"), OSError, "half a disk on process 0"),
+    (json.JSONDecodeError("no JSON", "", 0), ValueError, "no JSON: line 1 column 1 .char 0. on process 0"),
+    (KeyError("step"), ProcessError, "KeyError: 'step' on process 0")])
+def test_what_fails_is_told_by_kind_and_process(error, kind, text):
+    def act():
+        raise error
+
+    with pytest.raises(kind, match=f"^{text}$"):
+        World(0, 1, torch.device("cpu")).together(act)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_weights_change(alone):
@@ -135,7 +201,7 @@ def test_a_table_of_contents_with_a_payload_is_refused_and_not_executed(half, tm
     shutil.copytree(newest(half[0] / "ddp"), path)
     (path / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "executed")))
     with pytest.raises(ValueError, match="cannot be read .*names .*mkdir"):
-        read(path, jobs.small("gpt2"), [], None)
+        read(path, jobs.small("gpt2"), [], None, World(0, 1, torch.device("cpu")))
     assert not (tmp_path / "executed").exists()
 
 
@@ -196,6 +262,19 @@ def test_progress_is_plain_json_and_a_run_that_is_done_is_not_trained_again(alon
     assert again["losses"] == [] and again["sha"] == found["sha"]
     for name, p in found["weights"].items():
         assert torch.equal(p, again["weights"][name])
+
+
+def test_the_wall_clock_runs_on_over_all_starts_of_a_run(alone, tmp_path, monkeypatch):
+    """A second passes whenever time is read: twice a clock, once at a start, a checkpoint and the end."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    whole = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path / "whole")
+    readings = 2 * (5 + 5 + 3)  # of clocks: steps, selections, validation losses
+    assert (whole["clocks_s"], whole["wall_s"]) == (readings / 2, readings + 3 + 1)  # checkpoints at 2, 4, 5; end
+    jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path / "stopped", stop=2)
+    next(itertools.islice(ticks, 1000, None))  # a thousand seconds in which nothing runs
+    resumed = jobs.train(alone, {}, jobs.arm("calibrated"), folder=tmp_path / "stopped")
+    assert (resumed["clocks_s"], resumed["wall_s"]) == (whole["clocks_s"], whole["wall_s"])
 
 
 @pytest.mark.parametrize("options, message", [

@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import shared_jobs as jobs
 import torch
@@ -106,6 +108,8 @@ def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method
     assert [m["step"] for m in record["metrics"] if m["split"] == "val"] == [0, 2, 4]
     assert sum(record["selection"]["chosen"].values()) == 4 * 2
     assert "length 12 instead of 4096" in record["deviations"]
+    timing = record["timing"]
+    assert timing["wall_s"] > timing["train_s"] + timing["select_s"] + timing["eval_s"]
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     before = AutoModelForCausalLM.from_pretrained(qwen3)
     moved = [not torch.equal(p, q) for p, q in zip(trained.parameters(), before.parameters())]
@@ -247,6 +251,15 @@ def test_bad_input_is_one_line_before_anything_is_computed(call, arguments, mess
     code, _, err = call(*arguments)
     assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_weights_that_memory_cannot_hold_are_not_read(call, qwen3, monkeypatch):
+    need = 4 * sum(p.numel() for p in jobs.small_qwen3().parameters())
+    for name, free, code in (("short", need - 1, 2), ("enough", need, 0)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=free))
+        said = call("--model", qwen3, "--method", "random", *SMALL)
+        assert said[0] == code, said[2]
+        assert ("GB of memory where they are read" in said[2]) == (code == 2)
 
 
 def test_a_vocabulary_that_the_model_lacks_is_refused(call, qwen3, monkeypatch):

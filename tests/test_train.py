@@ -1,6 +1,7 @@
 """The training loop: deterministic, resumable bit for bit, plain training at a ratio of one."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -11,13 +12,46 @@ from opus_bench.checkpoint import read_whole, remove_checkpoints
 from opus_bench.model import OpusGPT2, OpusGPT2Config
 from opus_bench.selector import ARMS
 from opus_bench.stream import CandidateStream, PoolProxyStream, ProxyStream
-from opus_bench.train import (RunConfig, build_optimizers, muon_momentum, rate_factor, set_schedule, train,
+from opus_bench.train import (Progress, RunConfig, build_optimizers, muon_momentum, rate_factor, set_schedule, train,
                               update, validation_loss, weights_sha256)
 
 SIZES = dict(model="ci", steps=6, length=24, buffer=6, proxy_size=3, evaluations=3, validation_sequences=4,
              checkpoint_every=2, adam_lr=0.01)
 METHODS = [("random", {}), ("perplexity", {"window": 12}), ("greats", {"window": 12}), ("quality", {}),
            *(("opus", {"arm": arm, "window": 12, "sketch_width": 64}) for arm in ARMS)]
+
+
+class FakeGPU:
+    """One that does in order, and when it is waited for, what it was asked for; time is that of its work."""
+
+    def __init__(self, monkeypatch):
+        self.queue, self.now = 0.0, 0.0
+        for name, stand_in in (("is_initialized", lambda: True), ("synchronize", self.wait)):
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def wait(self):
+        self.now, self.queue = self.now + self.queue, 0.0
+
+
+def test_work_of_a_gpu_counts_on_the_clock_under_which_it_was_asked_for(monkeypatch):
+    gpu, progress = FakeGPU(monkeypatch), Progress()
+    for _ in range(2):
+        gpu.queue += 100.0  # of nobody's clock
+        with progress.clock("select_s"):
+            gpu.queue += 2.0
+        with progress.clock("train_s"):
+            gpu.queue += 3.0
+        with pytest.raises(Stopped), progress.clock("eval_s"):
+            gpu.queue += 5.0
+            raise Stopped
+    assert (progress.select_s, progress.train_s, progress.eval_s) == (4.0, 6.0, 10.0)
+
+
+def test_without_a_gpu_in_use_no_clock_waits_for_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("it waits"))
+    with Progress().clock("train_s"):
+        pass
 
 
 class Stopped(Exception):

@@ -18,7 +18,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from opus_bench.archives import file_sha256
-from opus_bench.distributed.world import World
+from opus_bench.distributed.world import ProcessError, World
 from opus_bench.hashing import canonical, text_sha256
 from opus_bench.preconditioner import owners
 from opus_bench.selector import Selector
@@ -54,17 +54,18 @@ def newest_whole(folder: Path, world: World) -> Path | None:
         wrong = _damage(path, world)
         if not wrong:
             break
-        if world.rank == 0:
-            aside = path.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(path, aside)
-            warnings.warn(f"checkpoint {path} is damaged ({wrong}); it is not used and lies as {aside.name}; the run "
-                          "goes on from an earlier checkpoint, or anew where there is none", RuntimeWarning,
-                          stacklevel=2)
-        dist.barrier()
-    if world.rank == 0:
-        _clear(folder)  # what a process left that was killed while it wrote or deleted
+        world.together(lambda: _set_aside(path, wrong) if world.rank == 0 else None)
+    # what a process left that was killed while it wrote or deleted
+    world.together(lambda: _clear(folder) if world.rank == 0 else None)
     return path
+
+
+def _set_aside(path: Path, wrong: str) -> None:
+    aside = path.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    warnings.warn(f"checkpoint {path} is damaged ({wrong}); it is not used and lies as {aside.name}; the run goes on "
+                  "from an earlier checkpoint, or anew where there is none", RuntimeWarning, stacklevel=5)
 
 
 def write(
@@ -85,22 +86,26 @@ def write(
         progress: plain values (JSON), the same on every process.
 
     Raises:
-        OSError: if it cannot be written; the checkpoint before stays in force.
+        OSError: on every process, if any cannot write its part; the checkpoint before stays in force.
     """
     final = folder / f"step-{step:08d}"
     if final.exists():
         return final
     temporary = final.with_suffix(".tmp")
-    tensors, plain = _split(selector.state_dict())
-    if world.rank == 0:
-        _clear(folder)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+
+    def prepare() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if world.rank == 0:
+            _clear(folder)
+            temporary.mkdir(parents=True)
+        tensors, plain = _split(selector.state_dict())
+        return _tensors(model, optimizers) | tensors, plain
+
     try:
-        dcp.save(_tensors(model, optimizers) | tensors, checkpoint_id=temporary)
+        tensors, plain = world.together(prepare)
+        dcp.save(tensors, checkpoint_id=temporary)
         content = {"progress": dict(progress), "selector": plain, "files": _digests(temporary, world)}
-        _together(lambda: _put_in_force(temporary, final, content), world)
-    except (dcp.api.CheckpointException, OSError) as error:
+        world.together(lambda: _put_in_force(temporary, final, content) if world.rank == 0 else None)
+    except (dcp.api.CheckpointException, OSError, ValueError, ProcessError) as error:
         kept = newest(folder)
         raise OSError(f"the checkpoint of step {step} could not be written to {folder} ({_cause(error)}); "
                       f"{kept.name if kept else 'none'} stays in force; make room and give the same command") from error
@@ -121,28 +126,18 @@ def _put_in_force(temporary: Path, final: Path, content: dict[str, Any]) -> None
         shutil.rmtree(damaged)
 
 
-def _together(act: Callable[[], None], world: World) -> None:
-    """Process 0 acts; what fails there is an OSError on every process."""
-    failed = [""]
-    if world.rank == 0:
-        try:
-            act()
-        except OSError as error:
-            failed = [f"{error.strerror} on process 0"]
-    dist.broadcast_object_list(failed)
-    if failed[0]:
-        raise OSError(failed[0])
-
-
 def read(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], selector: Selector
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], selector: Selector, world: World
 ) -> dict[str, Any]:
-    """Put a checkpoint's state into the given objects, sharded as they are, and return its progress.
+    """Put a checkpoint's state into the given objects, sharded as they are, and return its progress; all processes
+    call this together.
 
     Raises:
-        ValueError: for a checkpoint that is damaged or of another model or optimizer, naming it and the mend.
+        ValueError: on every process, for a checkpoint that is damaged or of another model or optimizer, naming it and
+            the mend.
     """
-    try:
+
+    def prepare() -> tuple[dict[str, Any], dict[str, Tensor]]:
         content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         with open(path / ".metadata", "rb") as file:
             saved = _Contents(file).load().state_dict_metadata
@@ -152,7 +147,9 @@ def read(
             if not isinstance(about, TensorStorageMetadata):
                 raise ValueError(f"{key} is no tensor")
             state[key] = _empty(about, named[key.split("/")[1]])
-        dcp.load(state, checkpoint_id=path)
+        return content, state
+
+    def put() -> None:
         _put(state, model, optimizers)
         tensors: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
@@ -160,6 +157,11 @@ def read(
             if kind == "selector":
                 tensors.setdefault(rest[0], {})[name] = value
         selector.load_state_dict(content["selector"] | tensors)
+
+    try:
+        content, state = world.together(prepare)
+        dcp.load(state, checkpoint_id=path)
+        world.together(put)
         return content["progress"]
     except (Exception, dcp.api.CheckpointException) as error:
         raise ValueError(f"checkpoint {path} cannot be read ({_cause(error)}); delete it to start anew") from error
@@ -178,16 +180,20 @@ def _clear(folder: Path) -> None:
 
 def _digests(path: Path, world: World) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint but PROGRESS, by name; each is read by one process."""
-    names = sorted(one.name for one in path.iterdir() if one.name != PROGRESS)
+
+    def own() -> dict[str, str]:
+        names = sorted(one.name for one in path.iterdir() if one.name != PROGRESS)
+        return {name: _digest(path / name) for name in names[world.rank :: world.size]}
+
     everyones: list[Any] = [None] * world.size
-    dist.all_gather_object(everyones, {name: _digest(path / name) for name in names[world.rank :: world.size]})
+    dist.all_gather_object(everyones, world.together(own))
     return {name: digest for one in everyones for name, digest in one.items()}
 
 
 def _digest(path: Path) -> str:
     try:
         return file_sha256(path)
-    except OSError as error:  # which would leave the other processes waiting
+    except OSError as error:  # a damage like others
         return f"cannot be read: {error.strerror}"
 
 

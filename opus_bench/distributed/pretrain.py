@@ -11,6 +11,7 @@ utilities, losses and weights to rounding; choices, but where rounding moves a d
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +31,10 @@ from opus_bench.sequences import Sequences, sample_losses
 from opus_bench.distributed.selection import SharedOpus, check_scope, select_shared, step_seed
 from opus_bench.distributed.checkpoint import newest_whole, read, write
 from opus_bench.distributed.state import ShardedMuon
-from opus_bench.train import STEP_DIAGNOSTICS, Progress, build_optimizers, note_selection, peak_bytes, set_schedule
+from opus_bench.distributed.weights import receiver
+from opus_bench.train import (
+    STEP_DIAGNOSTICS, Progress, build_optimizers, finite, named_step, note_selection, peak_bytes, set_schedule,
+)
 
 HOW = ("parallelism", "checkpointing", "microbatch", "checkpoint_every")  # leave the numbers as they are, to rounding
 
@@ -114,6 +118,7 @@ class PretrainConfig:
 class SharedProgress(Progress):
     """Progress of all processes."""
 
+    wall_s: float = 0.0  # from the first loss to the last, over all starts: the clocks, data, checkpoints and the rest
     notes: list[str] = field(default_factory=list)  # what was out of the ordinary
 
 
@@ -136,34 +141,40 @@ def pretrain(
     validation: Pool | None = None,
     on_step: Callable[[int, float], None] | None = None,
     keep: Callable[[int], None] | None = None,
+    weights: Callable[[], nn.Module] | None = None,
 ) -> SharedProgress:
     """Train the model in place to the end of the config, from the checkpoint in ``folder`` if there is one.
 
-    All processes call this together with the same arguments and the same initial weights; the model is spread over
-    them (``distributed.parallelize``).  ``on_step`` gets the number of steps done and the step's loss (nat/token).
-    ``keep`` gets the number of steps done before that step's checkpoint is written: what it leaves of a step is
-    there whenever a run goes on after that step.
+    All processes call this together with the same arguments; the model is spread over them (``world.parallelize``).
+    It has the same initial weights everywhere, or lies on the meta device: then process 0 calls ``weights`` for the
+    whole of it on the CPU, and the others receive theirs (weights.py).  ``on_step`` gets the number of steps done and
+    the step's loss (nat/token).  ``keep`` gets the number of steps done before that step's checkpoint is written:
+    what it leaves of a step is there whenever a run goes on after that step.
 
     Raises:
-        ValueError: for a selection that the processes cannot share, and for a checkpoint of other settings.
-        FloatingPointError: for a loss or gradient that is not finite, naming step and process, before weights change.
+        ValueError: for a selection that the processes cannot share, weights that are not the model's, and a checkpoint
+            of other settings.
+        FloatingPointError: for a loss or gradient that is not finite, naming step and process, before weights change;
+            for a validation loss that is not, naming the step, before anything of that step is kept or written.
         OSError: for a checkpoint that cannot be written; the one before stays in force.
     """
     check_scope(config.selection, config.buffer, config.selected_size, world.size)
-    training_module = parallelize(model, config.parallelism, config.checkpointing, world)
+    training_module = parallelize(model, config.parallelism, config.checkpointing, world,
+                                  receiver(model, weights, world))
     model.train()
     optimizers = build_optimizers(model, config, ShardedMuon)
     progress, identity = SharedProgress(), config.identity(world.size)
     start = newest_whole(folder, world) if folder is not None else None
     if start is not None:
-        saved = read(start, model, optimizers, selector)
+        saved = read(start, model, optimizers, selector, world)
         refuse_other_settings(start, saved.pop("config"), identity)
         progress = SharedProgress(**saved)
+    begun = time.perf_counter() - progress.wall_s
 
     def evaluate() -> None:
         if validation is not None:
             held_out = validation.sequences(range(config.validation_sequences), config.length)
-            with progress.clock("eval_s"):
+            with progress.clock("eval_s"), named_step(progress.step):
                 progress.note_loss(config, "val", validation_loss(model, held_out, config, world))
 
     if start is None:
@@ -193,10 +204,12 @@ def pretrain(
             keep(progress.step)
         if folder is not None and (progress.step % config.checkpoint_every == 0 or progress.step == config.steps):
             gather_notes(progress, selector, world)
+            progress.wall_s = time.perf_counter() - begun
             write(folder, progress.step, model, optimizers, selector, vars(progress) | {"config": identity}, world)
         if on_step is not None:
             on_step(progress.step, loss)
     gather_notes(progress, selector, world)
+    progress.wall_s = time.perf_counter() - begun
     return progress
 
 
@@ -239,7 +252,11 @@ def update(
 
 
 def validation_loss(model: nn.Module, held_out: Sequences, config: PretrainConfig, world: World) -> float:
-    """Mean loss of the sequences in nat/token, each computed by one process."""
+    """Mean loss of the sequences in nat/token, each computed by one process.
+
+    Raises:
+        FloatingPointError: on every process, if it is NaN or infinite.
+    """
 
     def score(part: Sequences) -> Tensor:
         size = config.microbatch or len(part)
@@ -247,7 +264,7 @@ def validation_loss(model: nn.Module, held_out: Sequences, config: PretrainConfi
                           for start in range(0, len(part), size)])
 
     with scoring_mode(model), torch.no_grad(), autocast(world, config.precision):
-        return shared_scores(score, held_out, world).mean().item()
+        return finite(shared_scores(score, held_out, world).mean().item())
 
 
 def mean_diagnostics(diagnostics: dict[str, Any], world: World) -> dict[str, float]:

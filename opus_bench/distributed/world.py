@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,12 @@ from opus_bench.sequences import Sequences
 
 PARALLELISM = ("ddp", "fsdp2")
 MINUTES = 30  # that a process waits for the others before it gives up
+
+T = TypeVar("T")
+
+
+class ProcessError(RuntimeError):
+    """What failed on some process, as all are told; not that a process was lost, which is torch's RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,28 @@ class World:
         """One number of every process, by rank."""
         return self.gather(torch.tensor([x], dtype=torch.float64), self.size).tolist()
 
+    def together(self, act: Callable[[], T]) -> T:
+        """What this process's act returns, once all have acted; what fails on any of them fails on all.
+
+        For what may fail on one process alone and is no collective: without this the others would wait in their next.
+
+        Raises:
+            OSError, ValueError: what failed, by process.
+            ProcessError: of any other exception.
+        """
+        failed: Exception | None = None
+        try:
+            found = act()
+        except Exception as error:
+            failed = error
+        everyones: list[Any] = [failed and _said(failed)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyones, everyones[self.rank])
+        bad = [(rank, *said) for rank, said in enumerate(everyones) if said]
+        if bad:
+            raise bad[0][1]("; ".join(f"{text} on process {rank}" for rank, _, text in bad)) from failed
+        return found
+
     def check_equal(self, what: str, values: Int[Tensor, " n"]) -> None:
         """Refuse to go on when processes that must agree do not.
 
@@ -177,6 +205,14 @@ def _sharded_gradients(model: nn.Module, loss: Tensor, parameters: Mapping[str, 
             p.grad = grad
 
 
+def _said(error: Exception) -> tuple[type[Exception], str]:
+    """An exception as it is told to other processes: its kind, and what it says."""
+    for kind in (OSError, ValueError):
+        if isinstance(error, kind):
+            return kind, str(getattr(error, "strerror", None) or error)
+    return ProcessError, f"{type(error).__name__}: {error}"
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The model's repeated blocks, as transformers names them in ``_no_split_modules``.
 
@@ -191,7 +227,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def parallelize(model: nn.Module, parallelism: str, checkpointing: bool, world: World) -> nn.Module:
+def parallelize(
+    model: nn.Module, parallelism: str, checkpointing: bool, world: World,
+    receive: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
     """Spread a model over the processes in place; returns the module to call in training.
 
     "ddp": every process keeps all weights; the returned wrapper averages gradients.  "fsdp2": blocks, and what
@@ -199,14 +238,17 @@ def parallelize(model: nn.Module, parallelism: str, checkpointing: bool, world: 
     and given back after each, so that a change of the shards is always seen.  ``checkpointing`` recomputes each
     block's activations in the backward.
 
-    All processes must hold the same weights.  Names of modules and parameters stay as they are.
+    All processes must hold the same weights, or none yet (the meta device): then ``receive`` is called with every
+    part before it is sharded, or with the model, and gives it its weights on the device (weights.py).  Names of
+    modules and parameters stay as they are.
 
     Raises:
         ValueError: for an unknown parallelism.
     """
     if parallelism not in PARALLELISM:
         raise ValueError(f"parallelism must be {' or '.join(PARALLELISM)}, got {parallelism!r}")
-    model.to(world.device)
+    if receive is None:
+        model.to(world.device)
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.use_cache = False  # a cache would be filled twice by recomputation
@@ -215,11 +257,15 @@ def parallelize(model: nn.Module, parallelism: str, checkpointing: bool, world: 
         for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if parallelism == "ddp":
+        if receive is not None:
+            receive(model)
         return DistributedDataParallel(model, forward_sync_buffers=False) if world.size > 1 else model
     # logits may be a view of the last layer's output; nothing here writes into them
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
     for module in [*blocks, model]:
+        if receive is not None:
+            receive(module)
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
 
