@@ -46,7 +46,7 @@ NEEDS = {
     "smoke": Need(disk=1, memory=6),
     "cpu": Need(disk=1, memory=4),
     "small": Need(disk=160, gpus=1, gpu_memory=4),
-    "paper": Need(disk=1800, gpus=8, gpu_memory=33),
+    "paper": Need(disk=1800, gpus=8, gpu_memory=48),
 }
 
 

@@ -21,7 +21,7 @@ from opus_bench.doctor import Check
 from opus_bench.evaluation.paper_suite import hub_problem
 
 from . import paper_commands as commands
-from .paper_cost import Rates, disk, memory_per_gpu, size
+from .paper_cost import Rates, disk, host_memory, memory_per_gpu, size
 from .paper_scale import PaperRun
 from .paper_settings import ENCODER, REPOSITORIES, SCORERS
 
@@ -31,7 +31,7 @@ def examine(runs: Sequence[PaperRun], data: Path, results_dir: Path, rates: Rate
     scale = runs[0].scale
     if all(run.setting.made_here for run in runs):  # on the CPU, without a hub
         return [_disk(scale, runs, data), *_programs(scale, runs)]
-    checks = [_gpus(scale, runs, rates), _disk(scale, runs, data), *_programs(scale, runs)]
+    checks = [_gpus(scale, runs, rates), _host_memory(scale, runs), _disk(scale, runs, data), *_programs(scale, runs)]
     checks += _texts(scale, runs, data)
     if not all(run.setting.from_hub for run in runs):
         checks.append(_domains(scale, data))
@@ -61,6 +61,16 @@ def _gpus(scale: str, runs: Sequence[PaperRun], rates: Rates) -> Check:
     if min(found) < need:
         return Check(scale, "GPUs", text, "missing", "use larger ones, or more with --gpus")
     return Check(scale, "GPUs", text, "ok")
+
+
+def _host_memory(scale: str, runs: Sequence[PaperRun]) -> Check:
+    import psutil
+
+    free, need = psutil.virtual_memory().available, max(map(host_memory, runs))
+    found = f"{size(free)} free, {size(need)} needed by process 0"
+    if free < need:
+        return Check(scale, "host memory", found, "missing", "free some, or use a machine with more")
+    return Check(scale, "host memory", found, "ok")
 
 
 def _disk(scale: str, runs: Sequence[PaperRun], data: Path) -> Check:

@@ -17,10 +17,12 @@ from .counts import Shape
 from .paper_commands import VALIDATION_TOKENS
 from .paper_scale import PaperRun, whole_pools
 from .paper_settings import ENCODER, PROXY_TOKENS, REPOSITORIES, SCORERS
+from .presets import preset_of
 
-H100 = {"float32": 494.7e12, "bfloat16": 989.4e12}
-"""Peak of an H100 SXM for dense products, FLOP/s, TF32 and BF16 [NVIDIA's data sheet, without sparsity]."""
-UTILISATION = 0.4  # share of the peak that training reaches: an assumption
+H100 = {"float32": 66.9e12, "bfloat16": 989.4e12}
+"""Peak of an H100 SXM for dense products, FLOP/s, FP32 without tensor cores and BF16 [NVIDIA's data sheet]."""
+TF32 = 494.7e12  # of the same, in FP32 products rounded to TF32, which nothing here switches on
+UTILISATION = 0.4  # share of the peak at which all counted FLOPs are done, recomputation too: an assumption
 SAMPLE_BYTES = {"sample-10BT": 27.6e9, "sample-100BT": 277.4e9}  # of FineWeb's files [its data set card]
 BYTES_PER_TOKEN = 2.774  # of parquet files, 277.4 GB for about 100e9 GPT-2 tokens [FineWeb's data set card]
 CHARACTERS_PER_TOKEN = 4.65  # of English prose under GPT-2's tokenizer, measured on 5.0 M characters of encyclopedia
@@ -31,7 +33,7 @@ CHECKPOINTS_KEPT = 3  # the last, the one before, and the one being written
 class Rates:
     """How fast a GPU works."""
 
-    peak: float | None  # FLOP/s; None: of H100 at the setting's precision
+    peak: float | None  # FLOP/s of BF16 products; None: of H100
     utilisation: float
     gpus: int
 
@@ -43,9 +45,13 @@ class Rates:
         if self.gpus < 1:
             raise ValueError(f"--gpus must be at least 1, got {self.gpus}")
 
+    def peak_of(self, precision: str) -> float:
+        """FLOP/s; FP32 in the proportion that it has on H100."""
+        return (self.peak or H100["bfloat16"]) * H100[precision] / H100["bfloat16"]
+
     def seconds(self, flops: float, precision: str) -> float:
         """GPU seconds: FLOPs over peak times utilisation."""
-        return flops / ((self.peak or H100[precision]) * self.utilisation)
+        return flops / (self.peak_of(precision) * self.utilisation)
 
 
 def shape_of(run: PaperRun) -> Shape:
@@ -66,6 +72,78 @@ def selection_flops(run: PaperRun) -> float:
                                                       causal=True)
 
 
+def float32_flops(run: PaperRun) -> float:
+    """Of ``selection_flops``, what is multiplied in float32: all but forwards, backwards and bfloat16 contractions.
+
+    Forwards and backwards run under autocast, so do the contractions of an exact OPUS, whose scoring_dtype is bfloat16.
+    What a sketch and GREATS's Gram are made of is formed from wide factors outside it, and so is P_t of Muon.
+    """
+    options, shape = dict(run.line.options), shape_of(run)
+    if run.line.selector not in ("opus", "greats"):
+        return 0
+    formed = run.line.selector == "greats" or "sketch" == options.get(
+        "estimator", "exact" if calibrated(options) else "sketch")
+    contraction = 0
+    if formed:
+        options["estimator"] = "exact"
+        contraction = 2 * shape.candidates * min(shape.window, shape.length) * scored_weights(run)
+    narrow = counts.scoring_flops(shape, "opus", {**options, "redundancy": 0}, "adamw", causal=True) - contraction
+    return selection_flops(run) - run.fields["steps"] * narrow
+
+
+def calibrated(options: dict) -> bool:
+    """Whether options are of OPUS's calibrated arm, whose other defaults follow."""
+    return options.get("arm") == "calibrated"
+
+
+def scored_weights(run: PaperRun) -> int:
+    """Weights that GREATS and OPUS score: the blocks' matrices, or all, the head's too."""
+    shape, options = run.setting.shape, run.line.options
+    if run.line.selector not in ("opus", "greats"):
+        return 0
+    head = options.get("layers", "matrices" if calibrated(options) else "blocks") != "blocks"
+    return shape.block_parameters + (shape.head_parameters if head else 0)
+
+
+def recomputation_flops(run: PaperRun) -> tuple[float, float]:
+    """What checkpointed activations cost in training and in scoring: the blocks' forward again in every backward."""
+    shape, options, steps = shape_of(run), run.line.options, run.fields["steps"]
+    if not preset_of(run.setting.preset).config.checkpointing:
+        return 0, 0
+    training = counts.recomputed_flops(shape, shape.selected, shape.length, causal=True)
+    if run.line.selector not in ("opus", "greats"):
+        return steps * training, 0
+    window, every = min(shape.window, shape.length), options.get("proxy_every", 8 if calibrated(options) else 1)
+    scoring = counts.recomputed_flops(shape, shape.proxies, window, causal=True) / every
+    if options.get("estimator") != "forward":
+        scoring += counts.recomputed_flops(shape, shape.candidates, window, causal=True, observed=True)
+    return steps * training, steps * scoring
+
+
+def optimizer_flops(run: PaperRun) -> float:
+    """Newton-Schulz of Muon in all steps."""
+    return run.fields["steps"] * counts.newton_schulz_flops(run.setting.shape) if run.optimizer == "muon" else 0
+
+
+def work(run: PaperRun) -> dict[tuple[str, str], float]:
+    """(what, precision of its products) -> FLOPs of all GPUs; each counted once, as it is divided over them."""
+    precision, wide, again = run.setting.precision, float32_flops(run), recomputation_flops(run)
+    return {("training", precision): training_flops(run),
+            ("training, recomputation of checkpointed activations", precision): again[0],
+            ("training, optimizers' own work (Newton-Schulz of Muon)", "bfloat16"): optimizer_flops(run),
+            ("selection, under autocast", precision): selection_flops(run) - wide,
+            ("selection, recomputation of checkpointed activations", precision): again[1],
+            ("selection, in float32 outside autocast", "float32"): wide}
+
+
+def selection_share(run: PaperRun, rates: Rates) -> float:
+    """Time of selection over that of training, by FLOPs and peaks."""
+    spent = {"training": 0.0, "selection": 0.0}
+    for (name, precision), flops in work(run).items():
+        spent[name.partition(",")[0]] += rates.seconds(flops, precision)
+    return spent["selection"] / spent["training"]
+
+
 def parameters(run: PaperRun) -> int:
     """Weights: block matrices and embedding, and a head of its own for Qwen3."""
     shape = run.setting.shape
@@ -84,21 +162,49 @@ def encoders(runs: Sequence[PaperRun]) -> dict[tuple[str, str], float]:
 
 
 def memory_per_gpu(run: PaperRun, gpus: int) -> dict[str, float]:
-    """Bytes on one GPU while it trains one sequence at a time, an estimate.
+    """Bytes on one GPU in the backward of one sequence, an estimate that leaves out temporaries and fragmentation.
 
-        state        weights, gradients, optimizer state in FP32, sharded: 16 bytes a weight, and 12 where Muon keeps
-                     one number
-        activations  in BF16, checkpointed: layers L d at block borders, and 16 L d of the block that is computed again
-        logits       three of L V in FP32: themselves, their cap and their gradient
-        scoring      proxy gradient and direction of the blocks, FP32, sharded
+        state          weights, gradients, optimizer state in FP32, sharded: 16 bytes a weight, and 12 where Muon keeps
+                       one number
+        gathered       what FSDP2 holds whole in FP32: embedding and head from the forward to the end of the backward,
+                       with their gradients, 8 bytes a weight; two blocks, one of them fetched ahead, with theirs
+        activations    4 T d a layer at block borders, FP32, and T (40 d + 4 inner, or 8 inner of a gated MLP) of the
+                       block that is computed again, mostly BF16; twice that part in FP32.  T: tokens of a sequence,
+                       or, where more, of the windows that a GPU scores at once
+        logits         three of T V in FP32: themselves, their cap and their gradient
+        scoring        proxy gradient and direction of what is scored, FP32, sharded
+        factors        GREATS's a and b: (o + i) a matrix and token of the GPU's share of the windows, BF16, and of one
+                       matrix those of all candidates
     """
-    shape, whole = run.setting.shape, parameters(run)
-    block, length = shape.block_parameters, shape.length
+    s, whole, selector = shape_of(run), parameters(run), run.line.selector
+    block, window = s.block_parameters, min(s.window, s.length)
+    scored = max(s.candidates, s.proxies) if selector in ("opus", "greats") else s.candidates
+    tokens = max(s.length, -(-scored // gpus) * window if selector in ("opus", "greats", "perplexity") else 0)
+    matrices, number = counts.block_matrices(s), 2 if run.setting.precision == "bfloat16" else 4
+    inner = matrices[-1][1] * (2 if s.gated else 1)
     numbers = 4 * whole - (block if run.optimizer == "muon" else 0)
-    activation = 2 if run.setting.precision == "bfloat16" else 4
-    scored = 8 * block / gpus if run.line.selector in ("opus", "greats") else 0
-    return {"state": 4 * numbers / gpus, "activations": activation * length * shape.width * (shape.layers + 16),
-            "logits": 3 * 4.0 * length * shape.vocabulary, "scoring": scored}
+    kept = -(-s.candidates // gpus) * s.layers * sum(map(sum, matrices)) + s.candidates * max(map(sum, matrices))
+    return {"state": 4 * numbers / gpus, "gathered": 8 * (whole - block) + 16 * block / s.layers,
+            "activations": tokens * (4 * s.width * s.layers + number / 2 * (40 * s.width + 4 * inner)),
+            "logits": 3 * 4.0 * tokens * s.vocabulary,
+            "scoring": 8 * scored_weights(run) / gpus,
+            "factors": number * window * kept if selector == "greats" else 0}
+
+
+def host_memory(run: PaperRun) -> int:
+    """Bytes in FP32 that process 0 holds on the CPU: the whole model, twice where it is read from files."""
+    return 4 * parameters(run) * (2 if run.setting.from_hub else 1)
+
+
+def checkpoint_bytes(run: PaperRun) -> int:
+    """Of one checkpoint, FP32: weights, AdamW's two numbers or Muon's one, the proxy gradient of what is scored."""
+    by_muon = run.setting.shape.block_parameters if run.optimizer == "muon" else 0
+    return 4 * (3 * parameters(run) - by_muon + scored_weights(run))
+
+
+def checkpoints(run: PaperRun) -> int:
+    """Written over a run, of which it keeps two and at its end none."""
+    return -(-run.fields["steps"] // run.checkpoint_every)
 
 
 def token_bytes(run: PaperRun) -> int:
@@ -118,8 +224,8 @@ def disk(runs: Sequence[PaperRun]) -> dict[str, float]:
     for pool, run in {run.pool: run for run in runs if run.pool.static}.items():
         found["token shards"] += token_bytes(run) * pool.tokens
         found["documents kept by static scorers"] += CHARACTERS_PER_TOKEN * pool.tokens
-    largest = max(runs, key=parameters)
-    found[f"checkpoints, {CHECKPOINTS_KEPT} of the run in progress"] = CHECKPOINTS_KEPT * 16.0 * parameters(largest)
+    largest = max(map(checkpoint_bytes, runs))
+    found[f"checkpoints, {CHECKPOINTS_KEPT} of the run in progress"] = CHECKPOINTS_KEPT * largest
     found["models of all runs"] = sum(4.0 * parameters(run) * len(run.kept_steps) for run in runs)
     return dict(found)
 
@@ -152,40 +258,51 @@ def derivation(run: PaperRun) -> str:
 
 def cost_lines(runs: Sequence[PaperRun], rates: Rates) -> list[str]:
     """FLOPs, hours, disk, downloads and memory of the runs in words."""
-    of_sum = {"training": sum(map(training_flops, runs)), "selection": sum(map(selection_flops, runs))}
+    flops: dict[tuple[str, str], float] = defaultdict(float)
+    for run in runs:
+        for key, value in work(run).items():
+            flops[key] += value
+    flops = {key: value for key, value in flops.items() if value}
     read = encoders(runs)
-    hours = sum(rates.seconds(training_flops(run) + selection_flops(run), run.setting.precision) for run in runs) / 3600
-    scoring = sum(rates.seconds(flops, "bfloat16") for flops in read.values()) / 3600
+    hours = {key: rates.seconds(value, key[1]) / 3600 for key, value in flops.items()}
+    total, scoring = sum(hours.values()), sum(rates.seconds(value, "bfloat16") for value in read.values()) / 3600
     firsts = list({run.setting: run for run in runs if run.line.times == 1}.values())
-    peaks = {run.setting.precision: rates.peak or H100[run.setting.precision] for run in runs}
-    kept, fetched = disk(runs), downloads(runs)
+    peaks = ", ".join(f"{rates.peak_of(p) / 1e12:.1f} TFLOP/s ({p})" for p in dict.fromkeys(p for _, p in flops))
+    heaviest = {(run.setting, run.optimizer): run for run in sorted(runs, key=checkpoint_bytes)}.values()
+    kept, fetched, gpus = disk(runs), downloads(runs), f"{rates.gpus} GPU{'s' if rates.gpus > 1 else ''}"
     lines = ["FLOPs"]
     lines += [f"  {derivation(run)}" for run in firsts]
-    lines += [f"  {name}, all runs: {value:.3g}" for name, value in of_sum.items()]
+    lines += [f"  {name}, all runs: {value:.3g}" for (name, _), value in flops.items()]
+    lines.append(f"  each once for all GPUs: sequences and Muon's matrices are divided over {gpus}, and in selection "
+                 "candidates, proxies and the rows of GREATS's Gram")
     for label in dict.fromkeys(run.label for run in runs):
         mine = [run for run in runs if run.label == label and run.line.selector != "random"]
         if mine:
-            ratios = sorted(selection_flops(run) / training_flops(run) for run in mine)
-            ends = dict.fromkeys(f"{100 * ratio:.1f} %" for ratio in (ratios[0], ratios[-1]))
-            lines.append(f"  selection over training, {label}: {' to '.join(ends)}")
-    for (source, name), flops in read.items():
-        what = "negligible: sums of hashed words" if flops == 0 else (
-            f"at most 2 x parameters x tokens = {flops:.3g}, once")
+            hours_of = spread([selection_share(run, rates) for run in mine])
+            flops_of = spread([selection_flops(run) / training_flops(run) for run in mine])
+            lines.append(f"  selection over training, {label}: {hours_of} in hours; in FLOPs without recomputation "
+                         f"{flops_of}")
+    for (source, name), value in read.items():
+        what = "negligible: sums of hashed words" if value == 0 else (
+            f"at most 2 x parameters x tokens = {value:.3g}, once")
         lines.append(f"  reading {source} by {name}: {what}")
     lines += [
-        "  not counted: optimizers' own work, norms, softmax, evaluation, recomputation of checkpointed activations",
         "GPU hours",
-        *(f"  peak {peak / 1e12:.1f} TFLOP/s ({precision}: {'--peak-tflops' if rates.peak else 'H100 SXM, dense'}) x "
-          f"utilisation {rates.utilisation:g} ({'an assumption' if rates.utilisation == UTILISATION else 'as given'})"
-          for precision, peak in peaks.items()),
-        (f"  training and selection: {sum(of_sum.values()):.3g} FLOPs / (peak x utilisation x 3600) = {hours:,.0f} GPU "
-         f"hours = {hours / rates.gpus / 24:,.1f} days on {rates.gpus} GPU{'s' if rates.gpus > 1 else ''}"),
-        *([] if rates.peak or any(run.setting.from_hub for run in runs) else [
-            f"  with TF32 products ({H100['float32'] / 1e12:.1f} TFLOP/s), as FP32 modules can be read: "
-            f"{sum(of_sum.values()) / (H100['float32'] * rates.utilisation) / 3600:,.0f} GPU hours"]),
+        (f"  FLOPs / (peak x utilisation x 3600); peak {peaks}: "
+         f"{'by --peak-tflops' if rates.peak else 'H100 SXM, dense'}; utilisation {rates.utilisation:g} "
+         f"({'an assumption' if rates.utilisation == UTILISATION else 'as given'}) of all counted FLOPs, those of "
+         "recomputation included"),
+        *(f"  {name}: {value:,.0f}" for (name, _), value in hours.items()),
+        f"  in all: {total:,.0f} GPU hours = {total / rates.gpus / 24:,.1f} days on {gpus}",
+        *([] if rates.peak or any(run.setting.from_hub for run in runs) else [float32_line(flops, rates)]),
         f"  scoring of pools and proxies, BF16: at most {scoring:,.0f} GPU hours",
+        ("  not counted, so at least: norms, softmax and other elementwise work (AdamW's step, clipping, hashing), "
+         "evaluation and validation losses, communication, reading of data, writing of checkpoints"),
         "Disk", *(f"  {name}: {size(value)}" for name, value in kept.items()),
         f"  in all: {size(sum(kept.values()))}",
+        *(f"  written over a run of {run.setting.title}, {run.optimizer}: {checkpoints(run)} checkpoints of "
+          f"{size(checkpoint_bytes(run))}, one every {run.checkpoint_every:,} steps = "
+          f"{size(checkpoints(run) * checkpoint_bytes(run))}; a finished run keeps none" for run in heaviest),
         "Downloads", *(f"  {name}: {size(value)}" for name, value in fetched.items()),
     ]
     if any("at least" in name for name in fetched):
@@ -196,5 +313,20 @@ def cost_lines(runs: Sequence[PaperRun], rates: Rates) -> list[str]:
     for run in {(run.setting, run.optimizer): run for run in largest}.values():
         parts = memory_per_gpu(run, rates.gpus)
         named = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
-        lines.append(f"  {run.setting.title}, {run.optimizer}: {size(sum(parts.values()))} ({named})")
+        lines.append(f"  {run.setting.title}, {run.optimizer}, {run.label}: {size(sum(parts.values()))} ({named})")
+    host = max(runs, key=host_memory)
+    lines.append(f"Host memory of process 0: {size(host_memory(host))}, the weights of {host.setting.title} in FP32"
+                 f"{', twice while they are read' if host.setting.from_hub else ''}")
     return lines
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The smallest and the largest in percent."""
+    return " to ".join(dict.fromkeys(f"{100 * ratio:.1f} %" for ratio in (min(ratios), max(ratios))))
+
+
+def float32_line(flops: dict[tuple[str, str], float], rates: Rates) -> str:
+    """What the runs would take with every product in float32, as the paper's "FP32 modules" can be read."""
+    total = sum(flops.values()) / rates.utilisation / 3600
+    return (f"  with all in FP32 products, as the paper's FP32 modules can be read: {total / H100['float32']:,.0f}; in "
+            f"TF32 ({TF32 / 1e12:.1f} TFLOP/s), which nothing here switches on: {total / TF32:,.0f}")

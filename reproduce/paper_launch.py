@@ -32,10 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpus", type=int, default=None, metavar="N",
                        help="processes of torchrun, one GPU each (default: 1 at small, 8 at paper)")
     group.add_argument("--peak-tflops", type=float, default=None, metavar="X",
-                       help="of a GPU, for the estimate of hours (default: that of H100 SXM, dense, BF16: "
-                            f"{H100['bfloat16'] / 1e12:g}; TF32: {H100['float32'] / 1e12:g})")
+                       help="BF16 products of a GPU, for the estimate of hours; FP32 ones are taken in proportion "
+                            f"(default: those of H100 SXM, dense: {H100['bfloat16'] / 1e12:g}; FP32: "
+                            f"{H100['float32'] / 1e12:g})")
     group.add_argument("--utilisation", type=float, default=UTILISATION, metavar="X",
-                       help="share of the peak that training reaches, an assumption (default: %(default)s)")
+                       help="share of the peak at which all counted FLOPs are done, recomputation included, an "
+                            "assumption (default: %(default)s)")
 
 
 def launch(runs: list[PaperRun], options: argparse.Namespace, write: Callable[[Path], Sequence[Path]]) -> int:

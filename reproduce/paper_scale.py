@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from opus_bench import hashing, provenance, results, schema
 from . import paper_commands as commands
 from .paper_rows import Line
 from .paper_settings import GPT2, POOLS_OF, PROXY_TOKENS, REPOSITORIES, SCORERS, Pool, Setting, static_pool
+from .presets import checkpoint_every
 from .training import locked
 
 GPU_SCALES = ("small", "paper")
@@ -120,6 +122,11 @@ class PaperRun:
         return commands.pretrain(model, self.fields, self.line.selector, self.line.options, places, gpus)
 
     @property
+    def checkpoint_every(self) -> int:
+        """Steps between its checkpoints."""
+        return checkpoint_every(self.fields["steps"])
+
+    @property
     def kept_steps(self) -> list[int]:
         """Steps after which its model is kept and evaluated, the last being the end."""
         steps, every = self.fields["steps"], self.fields.get("save_every", self.fields["steps"])
@@ -159,6 +166,8 @@ class PaperRun:
         if len(trained) != 1:
             raise ValueError(f"{work / 'runs'} holds {len(trained)} records of the training, not 1; delete {work} to "
                              "run again")
+        for left in (work / "work").glob("*/checkpoints"):  # by a training that was killed after writing its record
+            shutil.rmtree(left)
         made = {name: trained[0][name] for name in schema.FIELDS}
         by_domain = self.domain_loss(data, results_dir)
         if by_domain and not (work / DOMAIN_LOSSES).exists():

@@ -65,14 +65,17 @@ PRECISION = "BF16 products on FP32 weights, embedding included; the paper has FP
 VALIDATION = "validation sequences along the run of the training length instead of {} tokens"
 GPT2_LARGE = Setting("gpt2-large", "gpt2-large", "GPT-2 Large", LARGE, 30 * BILLION,
                      0.004, 0.015, 32_768,  # rates [code]
-                     deviations=(*COMMON, PRECISION, VALIDATION.format("32,768")))
+                     deviations=(*COMMON, PRECISION, VALIDATION.format("32,768"),
+                                 "buffer under AdamW 64, as Table 8's under Muon; that under AdamW is not known"))
 GPT2_XL = Setting("gpt2-xl", "gpt2-xl", "GPT-2 XL", XL, 30 * BILLION, 2e-3, 1e-2, 8_192,  # rates [paper]
                   deviations=(*COMMON, PRECISION, VALIDATION.format("8,192")))
 QWEN3_8B = Setting(
     "Qwen/Qwen3-8B-Base", "qwen3-8b", "Qwen3-8B-Base", QWEN, 3 * BILLION // 2, 1e-6, 1e-5, 4_096, betas=(0.9, 0.95),
     weight_decay=0.01, warmup=0.01, cooldown=0.0, tokenizer="Qwen/Qwen3-8B-Base", suites=("cpt",),
     evaluate_every=BILLION // 2,
-    deviations=("the rate after warm-up is constant; the paper's decay is not known",
+    deviations=("the buffer and the proxy batch are read as those of all GPUs together, which the paper does not say",
+                "proxy by BENCH-PROXY from items of SciQ and of MMLU's STEM tasks; the paper does not say from which",
+                "the rate after warm-up is constant; the paper's decay is not known",
                 "eps 1e-8 and clip 1.0, as for GPT-2; the paper's are not known",
                 "BF16 products on FP32 weights and optimizer state"))
 QWEN3_CI = replace(

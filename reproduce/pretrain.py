@@ -11,7 +11,8 @@ model (safetensors) takes the settings of qwen3-8b; gpt2, tiny and ci, sizes of 
 gpt2-large.
 
 Killed at any moment, the same command goes on from the last checkpoint, also on another number of processes.  A run
-whose record lies in RESULTS/runs is done.  Exit codes: 0; 2 after one line about bad input; 130 on ctrl-C.
+whose record lies in RESULTS/runs is done; its checkpoints are then removed, but with --keep-checkpoints.  Exit codes:
+0; 2 after one line about bad input; 130 on ctrl-C.
 """
 
 from __future__ import annotations
@@ -175,6 +176,7 @@ def run(options: argparse.Namespace) -> None:
                 raise ValueError(f"{path} is there, its model is not in {options.save}; move the record away to train "
                                  "again, or leave out --save")
             if world.rank == 0:
+                remove_checkpoints(options, identity)  # of who was killed after writing the record
                 print(f"{path} is there: done")
         else:
             train_and_record(plan, options, world, identity, pools)
@@ -201,10 +203,22 @@ def hold(held: ExitStack, results_dir: Path, identity: str, world: World) -> Non
         told = True
 
 
+def checkpoints_of(options: argparse.Namespace, identity: str) -> Path:
+    """The folder of a run's checkpoints."""
+    return options.results / "work" / identity / "checkpoints"
+
+
+def remove_checkpoints(options: argparse.Namespace, identity: str) -> None:
+    """Remove what a finished run no longer needs, unless it is to be kept; by process 0, its record being there."""
+    folder = checkpoints_of(options, identity)
+    if folder.exists() and not options.keep_checkpoints:
+        shutil.rmtree(folder)
+
+
 def train_and_record(
     plan: Plan, options: argparse.Namespace, world: World, identity: str, pools: dict[str, Any]
 ) -> None:
-    """Train on all processes; process 0 writes the record, and the model where it is asked for."""
+    """Train on all processes; process 0 writes the model where it is asked for, then the record."""
     model = outline(plan, options)
 
     def weights() -> nn.Module:
@@ -213,7 +227,6 @@ def train_and_record(
         model.generation_config = whole.generation_config  # of the folder, where it has one
         return whole
 
-    checkpoints = options.results / "work" / identity / "checkpoints"
     with tqdm(total=plan.config.steps, unit="step", disable=None if world.rank == 0 else True) as bar:
 
         def on_step(done: int, loss: float) -> None:
@@ -225,13 +238,15 @@ def train_and_record(
                 save(model, options.save.with_name(f"{options.save.name}-{done}"), world)
 
         progress = pretrain(plan.config, model, pools["data"], pools["proxy"], selector_for(plan, world), world,
-                            checkpoints, pools.get("validation"), on_step, keep, weights)
-    weights = weights_sha256(model)
+                            checkpoints_of(options, identity), pools.get("validation"), on_step, keep,
+                            weights)
+    digest = weights_sha256(model)
     if options.save is not None:
         save(model, options.save, world)
     if world.rank == 0:
-        record = record_of(plan, world, identity, pools, progress, weights)
+        record = record_of(plan, world, identity, pools, progress, digest)
         print(f"wrote {results.write(record, options.results / 'runs')}")
+        remove_checkpoints(options, identity)
 
 
 def save(model: nn.Module, folder: Path, world: World) -> None:
@@ -247,6 +262,8 @@ def save(model: nn.Module, folder: Path, world: World) -> None:
         for old in (folder / "config.json", *folder.glob("model*.safetensors*")):
             old.unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):  # which comes last
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # before the checkpoints that could make it again are removed
             os.replace(path, folder / path.name)
         temporary.rmdir()
 

@@ -21,7 +21,7 @@ from opus_bench.distributed.pretrain import PretrainConfig
 from opus_bench.selector import Opus
 from opus_bench.distributed.selection import SCOPES
 
-from .presets import METHODS, PRESETS, Method, Preset, steps_for
+from .presets import METHODS, PRESETS, Method, Preset, checkpoint_every, preset_of, steps_for
 
 ROOT = Path(__file__).resolve().parent.parent
 # options that stand for a field of PretrainConfig: (option, type, metavar, help)
@@ -38,7 +38,6 @@ FIELDS = [
     ("cooldown", float, "X", "last share of the steps, in which the rate falls to 0"),
     ("validation-every", int, "N", "steps between validation losses"),
     ("validation-sequences", int, "N", "sequences of a validation loss"),
-    ("checkpoint-every", int, "N", "steps between checkpoints"),
     ("microbatch", int, "N", "sequences in one forward and backward of a process"),
 ]
 CHOICES = [
@@ -73,6 +72,11 @@ def parser(description: str) -> argparse.ArgumentParser:
         top.add_argument(f"--{name}", choices=known, default=None, help=f"{what} (default: the preset's)")
     top.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
                      help="recompute activations block by block (default: the preset's)")
+    top.add_argument("--checkpoint-every", type=int, default=None, metavar="N",
+                     help="steps between checkpoints (default: 500, or a 25th of all steps where that is more)")
+    top.add_argument("--keep-checkpoints", action="store_true",
+                     help="keep the last two checkpoints of a finished run (default: they are removed once its record, "
+                          "and with --save its model, is written)")
     top.add_argument("--window", type=int, default=None, metavar="N",
                      help="tokens scored per sequence, and of a proxy sequence (default: 512)")
     top.add_argument("--sketch-width", type=int, default=None, metavar="N",
@@ -120,8 +124,7 @@ def settle(options: argparse.Namespace) -> Plan:
     Raises:
         ValueError: for a value that makes no sense, naming it.
     """
-    name = options.model if options.model in PRESETS else "gpt2-large" if options.model in SIZES else "qwen3-8b"
-    preset, method = PRESETS[name], METHODS[options.method]
+    preset, method = preset_of(options.model), METHODS[options.method]
     where = preset.model if options.model in PRESETS else options.model
     given: dict[str, Any] = {"seed": options.seed}
     if method.proxy_size is not None:
@@ -155,13 +158,15 @@ def settle(options: argparse.Namespace) -> Plan:
         raise ValueError("--steps and --tokens say the same; give one of them")
     steps = options.steps if options.steps is not None else steps_for(
         options.tokens if options.tokens is not None else preset.tokens, config.selected_size, config.length)
-    config = dataclasses.replace(config, steps=steps)
+    every = options.checkpoint_every if options.checkpoint_every is not None else checkpoint_every(steps)
+    config = dataclasses.replace(config, steps=steps, checkpoint_every=every)
     if method.selector == "opus" and config.precision == "bfloat16":
         selector_options.setdefault("scoring_dtype", "bfloat16")
     build_selector(method.selector, dict(selector_options), None, config.length)  # refuses values before anything else
     changed = [f"{f.name} {getattr(config, f.name)} instead of {getattr(preset.config, f.name)}"
                for f in dataclasses.fields(config)
-               if f.name not in ("seed", "optimizer") and getattr(config, f.name) != getattr(preset.config, f.name)]
+               if f.name not in ("seed", "optimizer", "checkpoint_every")
+               and getattr(config, f.name) != getattr(preset.config, f.name)]
     knobs = [f"{name} {value} of the selector" for name, value in options.selector_options.items()]
     other = [] if where == preset.model else [f"model {Path(where).name} instead of {preset.model}"]
     return Plan(preset, where, config, options.method, selector_options,
@@ -238,6 +243,9 @@ def text(plan: Plan, processes: int, pools: dict[str, Any], identity: str, model
     share = processes if c.parallelism == "fsdp2" else 1
     lines.append(f"memory       {bytes_held(c, model) / share / 2**30:.2f} GiB a process for weights, gradients, "
                  "optimizer state, proxy gradient and direction, without activations")
+    lines.append(f"checkpoints  every {c.checkpoint_every:,} steps, {-(-c.steps // c.checkpoint_every)} in all, of "
+                 f"{checkpoint_bytes(plan, model) / 2**30:.2f} GiB; on disk two, three while one is written, none when "
+                 "the run is done")
     for name, pool in pools.items():
         length = c.proxy_length if name == "proxy" else c.length
         lines.append(f"{name:12} {pool.token_count:,} tokens, {pool.sequence_count(length):,} sequences of {length:,}")
@@ -248,5 +256,19 @@ def text(plan: Plan, processes: int, pools: dict[str, Any], identity: str, model
 
 def bytes_held(config: PretrainConfig, model: nn.Module) -> int:
     """Bytes in float32 over all shards: weights, gradients, proxy gradient, direction; AdamW 2 states, Muon 1."""
-    by_muon = parameter_names(model, layer_names(model, "blocks")).values() if config.optimizer == "muon" else []
-    return 4 * (6 * sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in by_muon if p.ndim == 2))
+    return 4 * (6 * sum(p.numel() for p in model.parameters()) - by_muon(config, model))
+
+
+def checkpoint_bytes(plan: Plan, model: nn.Module) -> int:
+    """Bytes of a checkpoint in float32: weights, AdamW's 2 states or Muon's 1, the proxy gradient of what is scored."""
+    selector = build_selector(METHODS[plan.method].selector, dict(plan.options), None, plan.config.length)
+    layers = getattr(selector, "layers", None)
+    scored = {} if layers is None else parameter_names(model, layer_names(model, layers))
+    return 4 * (3 * sum(p.numel() for p in model.parameters()) - by_muon(plan.config, model)
+                + sum(p.numel() for p in scored.values()))
+
+
+def by_muon(config: PretrainConfig, model: nn.Module) -> int:
+    """Weights that Muon updates."""
+    names = parameter_names(model, layer_names(model, "blocks")) if config.optimizer == "muon" else {}
+    return sum(p.numel() for p in names.values() if p.ndim == 2)

@@ -13,6 +13,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from test_overhead import GROUPED, TINY, model_of
@@ -175,23 +176,35 @@ def test_hours_disk_downloads_and_memory_by_hand(grid3):
     xl = [run for run in grid3 if run.setting is GPT2_XL and run.optimizer == "muon"]
     rates = Rates(None, 0.4, 8)
     assert rates.seconds(989.4e12 * 0.4 * 3600, "bfloat16") == pytest.approx(3600)
-    assert Rates(100e12, 0.5, 8).seconds(50e12, "float32") == 1
+    assert rates.seconds(66.9e12 * 0.4 * 3600, "float32") == pytest.approx(3600)
+    assert Rates(100e12, 0.5, 8).seconds(50e12, "bfloat16") == 1
+    assert Rates(494.7e12, 0.5, 8).peak_of("float32") == pytest.approx(66.9e12 / 2)
     text = "\n".join(paper_cost.cost_lines(xl, rates))
-    flops = sum(training_flops(run) + selection_flops(run) for run in xl)
-    assert f"{flops / (989.4e12 * 0.4) / 3600:,.0f} GPU hours = " in text
     assert "reading fineweb by DSIR: negligible" in text and "at most 2 x parameters x tokens = 2.6e+20" in text
     kept = paper_cost.disk(xl)
     shards = 2 * (100e9 + 5 * 30e9 + 2 * 30e6 + 10e6)
     assert kept["token shards"] == shards and kept["documents"] == 277.4e9
     weights = XL.block_parameters + XL.head_parameters
     assert kept["models of all runs"] == 12 * 4 * weights
-    assert kept["checkpoints, 3 of the run in progress"] == 3 * 16 * weights
+    proxied = 12 * weights - 4 * XL.block_parameters + 4 * weights  # the calibrated arm scores all matrices
+    assert kept["checkpoints, 3 of the run in progress"] == 3 * proxied
     assert paper_cost.downloads(xl) == {"HuggingFaceFW/fineweb sample-100BT": 277.4e9}
     parts = paper_cost.memory_per_gpu(one(xl, "OPUS (paper)"), 8)
-    assert parts == {"state": 4 * (4 * weights - XL.block_parameters) / 8, "activations": 2 * 6144 * 1600 * 64,
-                     "logits": 12 * 6144 * 50304, "scoring": XL.block_parameters}
+    assert parts == {"state": 4 * (4 * weights - XL.block_parameters) / 8,
+                     "gathered": 2 * 4 * 50304 * 1600 + 2 * 2 * 4 * 12 * 1600**2,
+                     "activations": 6144 * (48 * 6400 + 89_600), "logits": 12 * 6144 * 50304,
+                     "scoring": XL.block_parameters, "factors": 0}
+    greats = paper_cost.memory_per_gpu(one(xl, "GREATS"), 8)
+    assert greats.pop("factors") == 2 * 512 * 1600 * (4 * 48 * (4 * 2 + 5 + 5) + 32 * 5)
+    assert greats == {name: value for name, value in parts.items() if name != "factors"}
+    assert paper_cost.memory_per_gpu(one(xl, "OPUS (calibrated)"), 8)["scoring"] == weights
     assert paper_cost.memory_per_gpu(one(xl, "Random"), 8)["scoring"] == 0
+    alone = paper_cost.memory_per_gpu(one(xl, "PPL"), 1)  # which scores 32 windows of 512 tokens at once
+    assert alone["logits"] == 12 * 32 * 512 * 50304
+    assert paper_cost.host_memory(xl[0]) == 4 * weights
     qwen = figure5_6.large_runs(options())[0]
+    assert paper_cost.host_memory(qwen) == 8 * paper_cost.parameters(qwen)  # read from files
+    assert paper_cost.memory_per_gpu(qwen, 8)["gathered"] == pytest.approx(10e9 + 16 * 193e6, rel=0.005)
     assert paper_cost.parameters(qwen) == pytest.approx(8.19e9, rel=0.001) and paper_cost.token_bytes(qwen) == 4
     assert (paper_cost.size(999), paper_cost.size(2.08e12)) == ("999 B", "2.08 TB")
 
@@ -312,6 +325,10 @@ def test_checks_see_gpus_disk_and_programs(grid3, monkeypatch, tmp_path):
     usage = types.SimpleNamespace(free=sum(paper_cost.disk(runs).values()))
     monkeypatch.setattr(paper_checks.shutil, "disk_usage", lambda folder: usage)
     assert states(paper_checks.examine(runs, tmp_path, tmp_path, rates))["disk"] == "ok"
+    for free, state in ((paper_cost.host_memory(runs[0]), "ok"), (paper_cost.host_memory(runs[0]) - 1, "missing")):
+        memory = types.SimpleNamespace(available=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        assert states(paper_checks.examine(runs, tmp_path, tmp_path, rates))["host memory"] == state
     usage.free -= 1
     checks = paper_checks.examine(runs, tmp_path, tmp_path, rates)
     assert states(checks)["disk"] == "missing" and states(checks)["documents by domain"] == "missing"
@@ -382,6 +399,7 @@ class Programs:
         if not self.leave:
             return types.SimpleNamespace(returncode=0)
         if "reproduce.pretrain" in command:
+            (Path(given["--results"]) / "work" / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
             record = record_of("Random", int(given["--seed"]), "muon")
             record["metrics"] = [{**row, "split": "val"} if row["split"] == "val/encyclopedia" else row
                                  for row in record["metrics"]]
@@ -420,6 +438,8 @@ def test_a_run_is_executed_recorded_and_then_done(grid3, monkeypatch, tmp_path):
     assert any("schedule is not published" in text for text in written["deviations"])
     assert "no proxy" in written["deviations"]  # of the training's own record
     assert record["run_id"] == run.run_id and results.done(tmp_path / "runs", run.run_id)
+    # left by a training that was killed after its record
+    assert not list(tmp_path.rglob("checkpoints")) and (run.work(tmp_path) / "work" / "run").is_dir()
     programs.commands.clear()
     assert run.execute(tmp_path / "data", tmp_path, 8) == written and not programs.commands
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -18,7 +19,10 @@ from transformers import AutoModelForCausalLM
 from opus_bench.distributed import pretrain as training
 from opus_bench import results
 from reproduce import pretrain as command
+from reproduce.paper_commands import CPT_TASKS
+from reproduce.paper_settings import GPT2_LARGE, QWEN3_8B
 from reproduce.presets import METHODS, PRESETS, WINDOW
+from reproduce.pretrain_plan import checkpoint_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--steps", "4", "--length", "12", "--buffer", "4", "--window", "10", "--proxy-size", "4",
@@ -195,6 +199,76 @@ def test_models_on_the_way_are_kept_also_by_a_run_that_was_killed(call, qwen3, t
     for name in folders:
         same = AutoModelForCausalLM.from_pretrained(tmp_path / name.replace("whole", "cut"))
         assert torch.equal(torch.cat([p.flatten() for p in same.parameters()]), weights[folders.index(name)])
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("results/work/*/checkpoints/*"))
+
+
+def test_a_finished_run_keeps_its_checkpoints_only_where_it_is_told_to(call, qwen3, tmp_path):
+    arguments = ["--model", qwen3, "--method", "opus-calibrated", *SMALL, "--optimizer", "muon"]
+    code, out, err = call(*arguments, "--keep-checkpoints")
+    assert code == 0, err
+    assert checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
+    assert "checkpoints  every 2 steps, 2 in all" in out
+    plan = command.settle(command.parser("").parse_args([*map(str, arguments), "--data", "a", "--proxy", "b"]))
+    tensors = sum(path.stat().st_size for path in tmp_path.glob("results/work/*/checkpoints/step-00000004/*.distcp"))
+    counted = checkpoint_bytes(plan, AutoModelForCausalLM.from_pretrained(qwen3))
+    assert counted < tensors < counted + 2_000 * 100  # each of some hundred tensors with a heading of its own
+    code, out, _ = call(*arguments)
+    assert code == 0 and "is there: done" in out and not checkpoints(tmp_path)
+    assert call(*arguments)[0] == 0  # with nothing to remove
+
+
+def test_checkpoints_outlive_all_but_the_written_record_and_model(call, qwen3, tmp_path, monkeypatch):
+    arguments = ["--model", qwen3, "--method", "random", *SMALL, "--save", tmp_path / "model"]
+    written = results.write
+
+    def full_disk(*given):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(results, "write", full_disk)
+    assert call(*arguments)[0] == 2
+    assert checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
+    monkeypatch.setattr(results, "write", written)
+
+    def killed(folder):
+        assert len(results.load(tmp_path / "results" / "runs")) == 1 and (tmp_path / "model" / "config.json").exists()
+        shutil.rmtree(folder / "step-00000002")
+        raise KeyboardInterrupt
+
+    removed = command.shutil.rmtree
+    monkeypatch.setattr(command, "shutil", SimpleNamespace(
+        rmtree=lambda folder, **more: killed(folder) if folder.name == "checkpoints" else removed(folder, **more)))
+    assert call(*arguments)[0] == 130
+    assert checkpoints(tmp_path) == ["step-00000004"]
+    monkeypatch.undo()
+    monkeypatch.setattr(command, "ShardPool", CountedPool)
+    code, out, _ = call(*arguments)
+    assert code == 0 and "is there: done" in out
+    assert not list(tmp_path.glob("results/work/*/checkpoints"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_steps_between_checkpoints_follow_the_steps_and_are_no_deviation():
+    def settled(*words):
+        return command.settle(command.parser("").parse_args(["--data", "a", "--proxy", "b", *words]))
+
+    assert [settled("--model", name).config.checkpoint_every for name in PRESETS] == [1_526, 12_208, 1_832]
+    short, given = settled("--model", "ci", "--steps", "40"), settled("--model", "gpt2-xl", "--checkpoint-every", "7")
+    assert (short.config.checkpoint_every, given.config.checkpoint_every) == (500, 7)
+    for plan in (short, given, settled("--model", "qwen3-8b")):
+        assert not any("checkpoint" in line for line in plan.deviations)
+    assert given.settings(8) == settled("--model", "gpt2-xl").settings(8)
+
+
+def test_what_the_paper_leaves_out_of_each_setting_is_said():
+    assert all(any("buffer and proxy batch read as those of all" in line for line in preset.decided)
+               for preset in PRESETS.values())
+    for lines in (PRESETS["gpt2-large"].decided, GPT2_LARGE.deviations):
+        assert any("under AdamW" in line and "Table 8" in line and "64" in line for line in lines)
+    assert any("SciQ" in line and "MMLU" in line for line in QWEN3_8B.deviations)
+    assert CPT_TASKS == ("sciq", "mmlu_stem")
 
 
 def test_a_model_that_cannot_be_put_whole_in_its_folder_has_no_config(call, qwen3, tmp_path, monkeypatch):
