@@ -122,7 +122,8 @@ class Greats:
                 {name: Preconditioner()}, eta, {name: eta[name] ** 2})
             assert found.gram is not None
             alignment, gram = alignment + found.alignment, gram + found.gram
-        return Utility(*(world.gather(x[None], world.size).sum(0) for x in (alignment, gram)))
+        alignment, gram = (world.gather(x[None], world.size).sum(0) for x in (alignment, gram))
+        return Utility(alignment, gram)
 
     def _everyones(
         self, model: nn.Module, window: Sequences, names: list[str], world: World

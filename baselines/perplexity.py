@@ -60,13 +60,13 @@ class Perplexity(Stateless):
         sequences = as_sequences(candidates)
         check_size(size, len(sequences))
 
-        def score(batch: Sequences) -> Tensor:
+        def losses_of(batch: Sequences) -> Tensor:
             return torch.cat([sample_losses(state.model, part).double().cpu()
                               for _, part in microbatches(batch, self.microbatch)])
 
         window = sequences.window(self.window)
         with scoring_mode(state.model), torch.no_grad():
-            losses = score(window) if self.world is None else shared_scores(score, window, self.world)
+            losses = losses_of(window) if self.world is None else shared_scores(losses_of, window, self.world)
         check_utilities(losses, f"perplexity ({self.keep}) at step {state.step}")
         score = {"high": losses, "low": -losses, "mid": -(losses - losses.median()).abs()}[self.keep]
         order = torch.sort(score, descending=True, stable=True).indices

@@ -274,8 +274,8 @@ def test_processes_with_other_candidates_stop(of):
     for found in of(2):
         for scope, kind in OTHERS:
             assert found[f"other {scope} {kind}"] == (
-                "processes [1] have other candidates at step 3 than process 0; the processes must run the same code with "
-                "the same settings on the same data")
+                "processes [1] have other candidates at step 3 than process 0; the processes must run the same code "
+                "with the same settings on the same data")
 
 
 def test_all_processes_train_on_what_process_0_chose(of):
