@@ -13,27 +13,32 @@ From the OPUS paper, which compares with it: SGD geometry, that is gradients as 
 optimizer's preconditioner.  Decided here: the proxy batch of the run stands for the validation data;
 eta_l is the live learning rate of the optimizer group that owns weight l (one number for all, if
 given); the scored window and the layers are those of OPUS.  Left out: GREATS's ghost inner products
-by token pairs; the same numbers come from contraction and row chunks (opus_bench/utility.py).
+by token pairs; the same numbers come from dense rows in chunks (opus_bench/utility.py).
+
+On several processes each captures the factors of its share of the candidates.  Then, one weight after
+the other, the factors of all are gathered, and each process forms an equal part of the weight's rows
+for all candidates and sums its inner products; n + n^2 numbers a process are gathered at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opus_bench import sampling
 from opus_bench.distributed.world import World, shared_mean_gradient
-from opus_bench.ghost import full
-from opus_bench.gradients import capture, mean_gradient
+from opus_bench.ghost import full, row_slice
+from opus_bench.gradients import Factors, PerSampleGradient, capture, mean_gradient
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.preconditioner import Preconditioner, owners
 from opus_bench.selector import Selection, TrainState
-from opus_bench.sequences import as_sequences
+from opus_bench.sequences import Sequences, as_sequences
+from opus_bench.streamed import check_microbatch, microbatches
 from opus_bench.utility import Utility, check_utilities, exact_utility
 
 
@@ -45,19 +50,29 @@ class Greats:
     layers: see layers.layer_names; by default all linear layers of the blocks.
     learning_rate: eta of every weight; None: of each weight the live rate of its optimizer group.
     proxy_every: steps that a proxy gradient serves, at least 1.
-    world: the processes, where the model is spread over several: each computes the proxy gradient on its share of
-        the proxy batch.  Every process scores all candidates: the Gram matrix is not shared.
+    microbatch: candidates in one forward and backward; None: all.  Bounds activations; the factors of all are kept.
+    world: the processes, where the model is spread over several, which all call this together.  The proxy batch is
+        that of all.
+    gathered: candidates are those of all processes, who share the work (global selection); else each process has
+        its own (local selection) and shares the proxy's gradient alone.
 
-    Exactness: utilities are exact up to rounding in the model's dtype.
+    Exactness: utilities are exact up to rounding in the model's dtype, also of shares, and the same bit for bit on
+        every process.
     Cost: one forward and backward-to-activations of the candidates and a full one of the proxy, over
-        ``window`` tokens each; then O(n t o i + n^2 o i) flops for the Gram matrix of every weight.
+        ``window`` tokens each; then 2 n t o i + 2 n^2 o i flops for the Gram matrix of every weight.  Memory: n t
+        (o + i) numbers a weight for the factors, kept until the weight's turn.
+        On ``size`` processes the share of each is 1 / size of all flops (of candidates ceil(n / size), of rows
+        ceil(o / size)) and of the kept factors; n t (o + i) numbers are gathered a weight, in the dtype that the
+        layer computed in, and o i of the proxy's gradient where weights are sharded, and dropped again.
     """
 
     window: int = 512
     layers: str | Sequence[str] = "blocks"
     learning_rate: float | None = None
     proxy_every: int = 1
+    microbatch: int | None = None
     world: World | None = None
+    gathered: bool = True
     _proxy_gradient: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +82,7 @@ class Greats:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.proxy_every < 1:
             raise ValueError(f"proxy_every must be at least 1 step, got {self.proxy_every}")
+        check_microbatch(self.microbatch)
 
     def select(
         self, candidates: Any, size: int, state: TrainState, generator: torch.Generator
@@ -95,10 +111,36 @@ class Greats:
         if self._proxy_gradient is None or state.step % self.proxy_every == 0:
             self._proxy_gradient = (mean_gradient(state.model, proxy, names)[0] if self.world is None else
                                     shared_mean_gradient(state.model, proxy, names, self.world))
-        gradients = capture(state.model, as_sequences(candidates).window(self.window), names)
-        identity = {k: Preconditioner() for k in eta}
-        whole = {k: full(g) for k, g in self._proxy_gradient.items()}
-        return exact_utility(gradients, whole, identity, eta, {k: e**2 for k, e in eta.items()})
+        window = as_sequences(candidates).window(self.window)
+        world = self.world if self.world is not None and self.gathered else World(0, 1, window.tokens.device)
+        alignment, gram = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for name, gradient in self._everyones(state.model, window, names, world):
+            rows, counted = world.share(gradient.shape[0])
+            start, stop = int(rows[0]), int(rows[0]) + counted
+            found = exact_utility(
+                {name: row_slice(gradient, start, stop)}, {name: full(self._proxy_gradient[name])[start:stop]},
+                {name: Preconditioner()}, eta, {name: eta[name] ** 2})
+            assert found.gram is not None
+            alignment, gram = alignment + found.alignment, gram + found.gram
+        alignment, gram = (world.gather(x[None], world.size).sum(0) for x in (alignment, gram))
+        return Utility(alignment, gram)
+
+    def _everyones(
+        self, model: nn.Module, window: Sequences, names: list[str], world: World
+    ) -> Iterator[tuple[str, PerSampleGradient]]:
+        """All candidates' factored gradients, one weight at a time; each process has captured those of its share."""
+        own, counted = world.share(len(window))
+        parts = [capture(model, part, names) for _, part in microbatches(window[own], self.microbatch)]
+
+        def joined(factors: list[Tensor]) -> Tensor:
+            mine = factors[0] if len(factors) == 1 else torch.cat(factors)
+            return world.gather(mine[:counted], len(window))
+
+        for name in list(parts[0]):
+            mine = [part.pop(name) for part in parts]
+            uses = tuple(Factors(joined([use.left for use in same]), joined([use.right for use in same]))
+                         for same in zip(*(gradient.uses for gradient in mine), strict=True))
+            yield name, PerSampleGradient(mine[0].shape, uses)
 
     def state_dict(self) -> dict[str, Any]:
         return {"proxy_gradient": self._proxy_gradient}

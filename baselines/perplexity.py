@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opus_bench.distributed.world import World, shared_scores
 from opus_bench.documents.embedding import in_batches
 from opus_bench.gradients import scoring_mode
 from opus_bench.sampling import check_size
 from opus_bench.sequences import Sequences, as_sequences, sample_losses
 from opus_bench.selector import Selection, Stateless, TrainState
+from opus_bench.streamed import check_microbatch, microbatches
 from opus_bench.utility import check_utilities
 
 
@@ -32,25 +34,39 @@ class Perplexity(Stateless):
     """Deterministic choice by mean loss (nat/token) of the first ``window`` tokens.
 
     keep "high": the largest losses; "low": the smallest; "mid": those nearest the buffer's median.
-    Ties go to the lower index.  Cost: one forward of the candidates over the window.
+    Ties go to the lower index.
+
+    microbatch: candidates in one forward; None: all.
+    world: the processes that share the candidates, and call this together; None: all losses are computed here.
+
+    Cost: one forward of the candidates over the window; of ceil(n / size) of them on each of ``size`` processes.
     """
 
     keep: Literal["high", "mid", "low"] = "high"
     window: int = 512
+    microbatch: int | None = None
+    world: World | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in ("high", "mid", "low"):
             raise ValueError(f"keep must be high, mid or low, got {self.keep!r}")
         if self.window < 2:
             raise ValueError(f"window must be at least 2 tokens, got {self.window}")
+        check_microbatch(self.microbatch)
 
     def select(
         self, candidates: Any, size: int, state: TrainState, generator: torch.Generator
     ) -> Selection:
         sequences = as_sequences(candidates)
         check_size(size, len(sequences))
+
+        def losses_of(batch: Sequences) -> Tensor:
+            return torch.cat([sample_losses(state.model, part).double().cpu()
+                              for _, part in microbatches(batch, self.microbatch)])
+
+        window = sequences.window(self.window)
         with scoring_mode(state.model), torch.no_grad():
-            losses = sample_losses(state.model, sequences.window(self.window)).double().cpu()
+            losses = losses_of(window) if self.world is None else shared_scores(losses_of, window, self.world)
         check_utilities(losses, f"perplexity ({self.keep}) at step {state.step}")
         score = {"high": losses, "low": -losses, "mid": -(losses - losses.median()).abs()}[self.keep]
         order = torch.sort(score, descending=True, stable=True).indices

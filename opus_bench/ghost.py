@@ -125,6 +125,18 @@ def rows(
     return total
 
 
+def row_slice(gradient: PerSampleGradient, start: int, stop: int) -> PerSampleGradient:
+    """The factors of rows start..stop-1 of every sample's gradient; of an embedding by copies with zeros outside."""
+    uses = []
+    for use in gradient.uses:
+        if use.left.is_floating_point():
+            uses.append(Factors(use.left[:, :, start:stop], use.right))
+        else:
+            inside = (use.left >= start) & (use.left < stop)
+            uses.append(Factors((use.left - start) * inside, use.right * inside[:, :, None]))
+    return PerSampleGradient((stop - start, gradient.shape[1]), tuple(uses))
+
+
 def mean(gradient: PerSampleGradient) -> Float[Tensor, "o i"]:
     """Mean of the samples' gradients, dense; exact, O(n t o i) flops, no gradient per sample."""
     samples = len(gradient.uses[0].right)

@@ -28,7 +28,9 @@ from .layers import layer_names, parameter_names
 from .optimizer_map import adjoint
 from .preconditioner import Preconditioner, preconditioners
 from .sequences import Sequences, as_sequences
-from .streamed import explained, forward_alignment, streamed_alignment, streamed_sketch, within_memory
+from .streamed import (
+    check_microbatch, explained, forward_alignment, streamed_alignment, streamed_sketch, within_memory,
+)
 from .utility import Utility, Weights, check_utilities, exact_utility, sketched_utility
 
 
@@ -140,8 +142,7 @@ class Opus:
             raise ValueError(f"estimator must be exact, sketch or forward, got {self.estimator!r}")
         if self.scoring_dtype not in ("model", "bfloat16"):
             raise ValueError(f"scoring_dtype must be model or bfloat16, got {self.scoring_dtype!r}")
-        if self.microbatch is not None and self.microbatch < 1:
-            raise ValueError(f"microbatch must be at least 1 candidate, got {self.microbatch}")
+        check_microbatch(self.microbatch)
         if not self.relative_step > 0:
             raise ValueError(f"relative_step must be positive, got {self.relative_step}")
         if self.estimator == "forward" and self.redundancy != 0:

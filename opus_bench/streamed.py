@@ -29,14 +29,19 @@ Batch = Int[Tensor, "n t"] | Sequences
 Result = TypeVar("Result")
 
 
+def check_microbatch(size: int | None) -> None:
+    """Raise ValueError for a size below 1."""
+    if size is not None and size < 1:
+        raise ValueError(f"microbatch must be at least 1 candidate, got {size}")
+
+
 def microbatches(batch: Batch, size: int | None) -> Iterator[tuple[slice, Sequences]]:
     """Consecutive parts of at most ``size`` samples (None: one part) with their places in the batch.
 
     Raises:
         ValueError: for a size below 1.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"microbatch must be at least 1 candidate, got {size}")
+    check_microbatch(size)
     sequences = as_sequences(batch)
     step = size or max(1, len(sequences))
     for start in range(0, len(sequences), step):

@@ -9,7 +9,7 @@ alignment of every candidate and the Gram matrix of the candidates' updates, wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -115,14 +115,19 @@ def utility_of_sketches(
     redundancy_weights: Weights | None,
     width: int,
     seed: int,
+    everyones: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Utility:
-    """Inner products of the candidates' sketches, at least one weight's, with the proxy's and with each other."""
+    """Inner products of the candidates' sketches, at least one weight's, with the proxy's and with each other.
+
+    ``everyones``: of the sketches of m candidates, those of all n of which they are a part; the Gram has m rows and n
+    columns then.  Asked for only where there are redundancy weights.
+    """
     alignment, gram = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for name, x in features:
         proxy = count_sketch(wide(full(proxy_gradient[name])).reshape(1, -1), width, weight_seed(seed, name))
         alignment = alignment + alignment_weights[name] * (x @ proxy[0]).double().cpu()
         if redundancy_weights is not None:
-            gram = gram + redundancy_weights[name] * (x @ x.T).double().cpu()
+            gram = gram + redundancy_weights[name] * (x @ everyones(x).T).double().cpu()
     return Utility(alignment, None if redundancy_weights is None else gram)
 
 

@@ -5,10 +5,9 @@
     python -m reproduce.pretrain --model FOLDER --data POOL --proxy PROXY --method random --dry-run    # the plan alone
 
 POOL, PROXY and VALIDATION are folders of token shards with a manifest.json.  The paper's settings are presets
-(reproduce/presets.py); any is overridden by an option, which the record then names as a deviation.  With opus each
-process scores its share of the candidates; with ppl and greats every process scores all of them.  A folder with a
-model (safetensors) takes the settings of qwen3-8b; gpt2, tiny and ci, sizes of the paper's architecture, those of
-gpt2-large.
+(reproduce/presets.py); any is overridden by an option, which the record then names as a deviation.  Each process
+scores its share of the candidates, and all train on what process 0 chose by everybody's scores.  A folder with a model
+(safetensors) takes the settings of qwen3-8b; gpt2, tiny and ci, sizes of the paper's architecture, those of gpt2-large.
 
 Killed at any moment, the same command goes on from the last checkpoint, also on another number of processes.  A run
 whose record lies in RESULTS/runs is done; its checkpoints are then removed, but with --keep-checkpoints.  Exit codes:
@@ -72,15 +71,17 @@ def own_settings(plan: Plan, options: argparse.Namespace) -> OwnSettings:
 
 
 def selector_for(plan: Plan, world: World) -> Selector:
-    """The method's selector; an Opus scores its candidates on all processes, any other on each all of them.
+    """The method's selector; each process scores its share of all candidates, or its own in local selection.
 
     Raises:
         ValueError: for an Opus whose terms processes cannot share.
     """
     method = METHODS[plan.method]
-    more = {"world": world} if method.selector == "greats" else {}
-    selector = build_selector(method.selector, {**plan.options, **more}, None, plan.config.length)
-    return SharedOpus(selector, world, plan.config.selection == "global") if isinstance(selector, Opus) else selector
+    gathered = plan.config.selection == "global"
+    shared = {"greats": {"world": world, "gathered": gathered}, "perplexity": {"world": world if gathered else None}}
+    selector = build_selector(
+        method.selector, {**plan.options, **shared.get(method.selector, {})}, None, plan.config.length)
+    return SharedOpus(selector, world, gathered) if isinstance(selector, Opus) else selector
 
 
 def check_tokens(pools: dict[str, Any], model: nn.Module, length: int) -> None:

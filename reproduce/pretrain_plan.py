@@ -59,9 +59,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     top.add_argument("--proxy", required=True, metavar="POOL", help="token shards of the proxy")
     top.add_argument("--validation", default=None, metavar="POOL", help="held-out token shards (default: no such loss)")
     top.add_argument("--method", choices=tuple(METHODS), default="opus-calibrated",
-                     help="how candidates are chosen (default: %(default)s); with opus each process scores its share "
-                          "of them, with ppl and greats all of them, greats holding all their factors at once; a pool "
-                          "that a static scorer has cut is trained on with random")
+                     help="how candidates are chosen (default: %(default)s); each process scores its share of them, "
+                          "with greats holding the factors of all its share at once; a pool that a static scorer has "
+                          "cut is trained on with random")
     top.add_argument("--tokens", type=float, default=None, metavar="N",
                      help="tokens to train on (default: the preset's)")
     top.add_argument("--steps", type=int, default=None, metavar="N",
@@ -82,7 +82,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     top.add_argument("--sketch-width", type=int, default=None, metavar="N",
                      help="buckets per weight, of opus-paper and opus-released (default: 8192)")
     top.add_argument("--score-microbatch", type=int, default=None, metavar="N",
-                     help="candidates in one scoring pass of a process, of the opus methods (default: all)")
+                     help="candidates in one scoring pass of a process, of all methods but random (default: all)")
     top.add_argument("--selector-options", type=json_object, default={}, metavar="JSON",
                      help="more knobs of the method's selector, as '{\"sampling\": \"greedy\"}': fields of "
                           "opus_bench.selector.Opus, baselines.greats.Greats or baselines.perplexity.Perplexity "
@@ -146,8 +146,8 @@ def settle(options: argparse.Namespace) -> Plan:
                              "leave it out")
         selector_options["sketch_width"] = options.sketch_width
     if options.score_microbatch is not None:
-        if method.selector != "opus":
-            raise ValueError(f"--score-microbatch is of the opus methods, not of {options.method}; leave it out")
+        if method.selector not in SELECTORS:
+            raise ValueError(f"--score-microbatch is of methods that score, not of {options.method}; leave it out")
         selector_options["microbatch"] = options.score_microbatch
     check_knobs(method, options)
     selector_options |= options.selector_options
@@ -190,7 +190,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 SELECTORS = {"opus": Opus, "greats": Greats, "perplexity": Perplexity}
-FIXED = ("arm_name", "keep", "world")  # by --method and by torchrun
+FIXED = ("arm_name", "keep", "world", "gathered")  # by --method, --selection and torchrun
 FLAGS = {"window": "window", "sketch_width": "sketch_width", "microbatch": "score_microbatch"}  # that say a knob too
 
 

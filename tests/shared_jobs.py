@@ -14,19 +14,22 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
+import baselines.greats as greats_module
 import opus_bench.distributed.checkpoint as checkpoints
 import opus_bench.distributed.pretrain as pretraining
 import opus_bench.distributed.world as spreading
 from baselines.greats import Greats
+from baselines.perplexity import Perplexity
+from opus_bench import utility
 from opus_bench.distributed import selection as shared_selection
 from opus_bench.distributed.world import World, parallelize, shared_mean_gradient
 from opus_bench.ghost import full
 from opus_bench.gradients import layer_names, parameter_names
 from opus_bench.distributed.pretrain import PretrainConfig, pretrain
-from opus_bench.selector import Opus, TrainState
+from opus_bench.selector import Opus, Selection, Stateless, TrainState
 from opus_bench.sequences import Sequences, sample_losses
 from opus_bench.distributed.state import LivePreconditioners, ShardedMuon
-from opus_bench.distributed.selection import SharedOpus
+from opus_bench.distributed.selection import SharedOpus, select_shared
 from opus_bench.train import build_optimizers, set_schedule
 
 CONFIG = dict(steps=5, length=12, buffer=8, proxy_size=4, proxy_length=10, adam_lr=1e-2, muon_lr=1e-2,
@@ -190,25 +193,88 @@ def utilities(world: World, opus: Opus, optimizer: str, parallelism: str, model:
     return found.alignment, found.gram, untouched
 
 
-def greats(world: World, parallelism: str, step: int = 0) -> tuple:
-    """Alignment, Gram and choice of three of seven candidates for a proxy of five, by GREATS."""
-    spread = small("paper")
-    state = TrainState(spread, stepped(spread, "muon", world, parallelism), step, tokens(5, 12, seed=6))
-    selector, candidates = Greats(window=10, world=world), tokens(7, 12, seed=5)
-    found = selector.utilities(candidates, state)
-    return found.alignment, found.gram, selector.select(candidates, 3, state, torch.Generator()).indices
+def greats(world: World, parallelism: str, model: str = "paper", n: int = 7, **options) -> dict:
+    """Alignment and Gram of n candidates for a proxy of five, and how many each process captured at once."""
+    spread = small(model)
+    state = TrainState(spread, stepped(spread, "muon", world, parallelism), 0, tokens(5, 12, seed=6))
+    real, captured = greats_module.capture, []
+
+    def counting(model, batch, names):
+        captured.append(len(batch))
+        return real(model, batch, names)
+
+    greats_module.capture = counting
+    try:
+        found = Greats(window=10, world=world, **options).utilities(tokens(n, 12, seed=5), state)
+    finally:
+        greats_module.capture = real
+    return {"alignment": found.alignment, "gram": found.gram, "captured": captured}
+
+
+def perplexity(world: World, parallelism: str, n: int = 7) -> tuple:
+    """Losses of n candidates, and how many of them this process had in each forward."""
+    spread, seen = small("paper"), []
+    state = TrainState(spread, stepped(spread, "adamw", world, parallelism), 0)
+    handle = spread.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+    found = Perplexity(window=10, microbatch=2, world=world).select(tokens(n, 12, seed=5), 1, state, torch.Generator())
+    handle.remove()
+    return found.utilities, seen
+
+
+def choices(world: World, method: str, scope: str) -> list[int]:
+    """Of four of eight candidates, by GREATS or perplexity."""
+    spread, gathered = small("paper"), scope == "global"
+    selector = (Greats(window=10, learning_rate=3.0, world=world, gathered=gathered) if method == "greats" else
+                Perplexity(window=10, world=world if gathered else None))
+    state = TrainState(spread, stepped(spread, "muon", world), 0, tokens(5, 12, seed=6))
+    return select_shared(selector, Sequences(tokens(8, 12, seed=5)), 4, state, world, scope, 0)[0].tolist()
+
+
+class Whim(Stateless):
+    """A selector that chooses something else on every process."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def select(self, candidates, size, state, generator):
+        return Selection(torch.arange(size).flip(0) + self.rank)
+
+
+def whims(world: World) -> tuple[list[int], list[int]]:
+    """All that is chosen and what this process trains on, where processes choose otherwise."""
+    chosen, mine, _ = select_shared(
+        Whim(world.rank), Sequences(tokens(8, 12)), 4, TrainState(small("paper"), [], 0), world, "global", 0)
+    return chosen.tolist(), mine.tolist()
+
+
+def other_candidates(world: World, scope: str, of: str) -> str:
+    """What is said where the last process has one token, or one place of a mask, that the others have not."""
+    sequences = Sequences(tokens(8, 12), torch.ones(8, 12, dtype=torch.long), torch.ones(8, 12, dtype=torch.bool))
+    if world.rank == world.size - 1:
+        getattr(sequences, of)[5, 11] = 0
+    with pytest.raises(RuntimeError) as found:
+        select_shared(Whim(0), sequences, 4, TrainState(small("paper"), [], 3), world, scope, 0)
+    return str(found.value)
+
+
+def unsteady(world: World) -> tuple:
+    """Utilities by sketches where no two processes hash the proxy to the same sums, as on GPUs."""
+    real = utility.count_sketch
+
+    def noisy(x, *rest):
+        return real(x, *rest) * (1 + 1e-9 * world.rank)
+
+    utility.count_sketch = noisy
+    try:
+        return utilities(world, arm("paper", sketch_width=64), "adamw", "ddp")
+    finally:
+        utility.count_sketch = real
 
 
 def many(world: World, jobs: dict) -> dict:
     """Several of these functions one after the other: {name: (function, arguments)}."""
     return {name: function(world, *arguments) for name, (function, arguments) in jobs.items()}
-
-
-def disagree(world: World) -> str:
-    """What is said where one process chose otherwise."""
-    with pytest.raises(RuntimeError) as found:
-        world.check_equal("choices", torch.tensor([1, 2, world.rank]))
-    return str(found.value)
 
 
 def divide(world: World, rank: int, parallelism: str, folder: Path | None = None, held_out: bool = False) -> tuple:

@@ -5,7 +5,7 @@ another order differ by round-off, so losses, weights, utilities and P_t are com
 exactly; in float32 to some hundred units of its round-off.
 """
 
-import shutil
+from functools import partial
 
 import pytest
 import shared_jobs as jobs
@@ -13,6 +13,8 @@ import torch
 from processes import results
 from small_models import tokens
 
+from baselines.greats import Greats
+from baselines.perplexity import Perplexity
 from opus_bench.distributed.weights import receiver
 from opus_bench.distributed.world import World, blocks_of, parallelize
 from opus_bench.layers import layer_names, parameter_names
@@ -54,11 +56,18 @@ UTILITIES = {  # arm, optimizer, parallelism, model, sizes of the world
     "alignment": (("calibrated", {"layers": "all"}), "adamw", "fsdp2", "gpt2", MANY),
     "alignment, muon": (("calibrated", {"microbatch": 1}), "muon", "fsdp2", "paper", (2,)),
     "sketch, muon": (("paper", {"sketch_width": 64}), "muon", "fsdp2", "paper", MANY),
+    "sketch, adamw": (("paper", {"sketch_width": 64}), "adamw", "ddp", "paper", (2,)),
     "sketch, released": (("released", {"sketch_width": 64}), "adamw", "ddp", "paper", (2,)),
     "forward": (("calibrated", {"estimator": "forward", "relative_step": 1e-4, "layers": "all"}), "adamw", "fsdp2",
                 "gpt2", (2,)),
     "identity": (("calibrated", {"preconditioner": "identity"}), "adamw", "fsdp2", "paper", (2,)),
 }
+GREATS = {
+    "fsdp2": {"parallelism": "fsdp2"}, "ddp": {"parallelism": "ddp"},
+    "all layers, microbatches": {"parallelism": "fsdp2", "model": "gpt2", "layers": "all", "microbatch": 1},
+    "fewer than processes": {"parallelism": "ddp", "n": 1},
+}
+OTHERS = [("global", "tokens"), ("global", "attention_mask"), ("global", "loss_mask"), ("local", "tokens")]
 
 
 def cases(table):
@@ -77,10 +86,16 @@ def all_jobs(size):
     found |= {f"u {name}": (jobs.utilities, (opus(arm), *rest))
               for name, (arm, *rest, sizes) in UTILITIES.items() if size in sizes}
     found |= {f"p {optimizer}": (jobs.preconditioners_of, (optimizer,)) for optimizer in ("adamw", "muon")}
+    found |= {f"g {name}": (partial(jobs.greats, **options), ()) for name, options in GREATS.items()}
+    found |= {f"l {parallelism}": (jobs.perplexity, (parallelism,)) for parallelism in ("ddp", "fsdp2")}
+    found |= {f"c {method} {scope}": (jobs.choices, (method, scope))
+              for method in ("greats", "perplexity") for scope in ("global", "local")}
     found["few"] = (jobs.utilities, (jobs.arm("calibrated"), "adamw", "fsdp2", "paper", size - 1))
     if size == 2:
-        found["disagree"] = (jobs.disagree, ())
         found["unreadable"] = (jobs.unreadable, ())
+        found["whims"] = (jobs.whims, ())
+        found |= {f"other {scope} {of}": (jobs.other_candidates, (scope, of)) for scope, of in OTHERS}
+        found["unsteady"] = (jobs.unsteady, ())
         found["starved"] = (jobs.starved, ("ddp", 1, {}))
         rest = ("paper", None, None, torch.float32)
         found["float32"] = (jobs.train, ({}, jobs.arm("calibrated"), *rest))
@@ -297,9 +312,71 @@ def test_what_cannot_be_shared_is_refused():
         parallelize(torch.nn.Linear(2, 2), "fsdp2", False, world)
 
 
-def test_processes_that_disagree_stop(of):
+def test_processes_with_other_candidates_stop(of):
     for found in of(2):
-        assert found["disagree"].startswith("processes [1] have other choices than process 0")
+        for scope, kind in OTHERS:
+            assert found[f"other {scope} {kind}"] == (
+                "processes [1] have other candidates at step 3 than process 0; the processes must run the same code "
+                "with the same settings on the same data")
+
+
+def test_all_processes_train_on_what_process_0_chose(of):
+    for rank, found in enumerate(of(2)):
+        assert found["whims"] == ([0, 1, 2, 3], [2 * rank, 2 * rank + 1])
+
+
+def test_utilities_by_sketches_are_the_same_everywhere_also_where_hashing_is_not(of):
+    first, second = (found["unsteady"] for found in of(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    hashed_alike = of(2)[0]["u sketch, adamw"][0]
+    differ = first[0] != hashed_alike
+    assert differ.tolist() == [False] * 4 + [True] * 3  # process 1's share alone
+
+
+@pytest.mark.parametrize("name", GREATS)
+@pytest.mark.parametrize("size", MANY)
+def test_greats_of_shares_is_that_of_one_process(of, name, size):
+    """Seven candidates and a proxy of five fall unevenly to two and four; so do the rows of biases and vocabulary."""
+    options = GREATS[name] | {"microbatch": None}
+    spread, n = options.pop("model", "paper"), options.pop("n", 7)
+    del options["parallelism"]
+    model, optimizers = plain_stepped("muon", spread)
+    want = Greats(window=10, **options).utilities(
+        tokens(n, 12, seed=5), TrainState(model, optimizers, 0, tokens(5, 12, seed=6)))
+    for found in of(size):
+        one = found[f"g {name}"]
+        scale = float(want.alignment.abs().max()), float(want.gram.abs().max())
+        torch.testing.assert_close(one["alignment"], want.alignment, rtol=0, atol=1e-10 * scale[0])
+        torch.testing.assert_close(one["gram"], want.gram, rtol=0, atol=1e-10 * scale[1])
+        assert one["captured"] == ([1] * -(-n // size) if "microbatch" in GREATS[name] else [-(-n // size)])
+        assert all(torch.equal(one[key], of(size)[0][f"g {name}"][key]) for key in ("alignment", "gram"))
+
+
+@pytest.mark.parametrize("size", MANY)
+def test_perplexity_of_shares_is_that_of_one_process(of, size):
+    model, optimizers = plain_stepped("adamw")
+    want = Perplexity(window=10).select(tokens(7, 12, seed=5), 1, TrainState(model, optimizers, 0), None).utilities
+    for found in of(size):
+        for parallelism in ("ddp", "fsdp2"):
+            losses, seen = found[f"l {parallelism}"]
+            torch.testing.assert_close(losses, want, **EXACT)
+            assert torch.equal(losses, of(size)[0][f"l {parallelism}"][0])
+            assert seen == {2: [2, 2], 4: [2]}[size]
+
+
+@pytest.mark.parametrize("size", MANY)
+@pytest.mark.parametrize("method", ["greats", "perplexity"])
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_greats_and_perplexity_choose_in_both_scopes_as_one_process_would(of, method, scope, size):
+    model, optimizers = plain_stepped("muon")
+    state, candidates = TrainState(model, optimizers, 0, tokens(5, 12, seed=6)), tokens(8, 12, seed=5)
+    plain = Greats(window=10, learning_rate=3.0) if method == "greats" else Perplexity(window=10)
+    want = []
+    for places in torch.arange(8).chunk(size if scope == "local" else 1):
+        picked = plain.select(candidates[places], len(places) // 2, state, None).indices
+        want += places[picked.sort().values].tolist()
+    for found in of(size):
+        assert found[f"c {method} {scope}"] == want
 
 
 def test_a_process_that_runs_out_of_memory_scores_in_smaller_parts_with_the_same_result(of):

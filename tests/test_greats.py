@@ -1,13 +1,10 @@
 """GREATS picks what its formula says, by gradients that know nothing of hooks, and changes nothing."""
 
-import processes
 import pytest
-import shared_jobs as jobs
 import torch
 
 from baselines import build_selector
 from baselines.greats import Greats
-from opus_bench.distributed.world import World
 from opus_bench.gradients import exact_per_sample_grads
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.selector import TrainState
@@ -118,6 +115,7 @@ def test_an_empty_proxy_is_refused(model, proxy):
     ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
     ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
     ({"proxy_every": 0}, "proxy_every must be at least 1 step, got 0"),
+    ({"microbatch": 0}, "microbatch must be at least 1 candidate, got 0"),
     ({"eta": 1.0}, "selector 'greats'.*eta"),
 ])
 def test_bad_options_are_refused_by_value(options, words):
@@ -129,16 +127,8 @@ def test_it_is_built_by_its_name():
     assert build_selector("greats", {"window": 40}, None, 64) == Greats(window=40)
 
 
-def test_two_processes_choose_as_one_does_that_knows_of_no_others():
-    """The proxy of five falls unevenly to two; float64, after three steps of Muon: 1e-9 is 1e6 units of round-off."""
-    model = jobs.small("paper")
-    state = TrainState(model, jobs.stepped(model, "muon", World(0, 1, torch.device("cpu")), "ddp"), 0,
-                       tokens(5, 12, seed=6))
-    plain = Greats(window=10)
-    wanted = plain.utilities(tokens(7, 12, seed=5), state)
-    chosen = plain.select(tokens(7, 12, seed=5), 3, state, torch.Generator()).indices
-    found = processes.results(jobs.many, 2, {name: (jobs.greats, (name,)) for name in ("fsdp2", "ddp")})
-    for one in (by_name for rank in found for by_name in rank.values()):
-        torch.testing.assert_close(one[0], wanted.alignment, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(one[1], wanted.gram, rtol=1e-9, atol=1e-12)
-        assert torch.equal(one[2], chosen)
+def test_microbatches_give_the_utilities_of_one(model):
+    state, batch = state_of(model, "adamw"), tokens(7, 12)
+    one, many = (Greats(window=12, layers="all", microbatch=size).utilities(batch, state) for size in (None, 3))
+    torch.testing.assert_close(many.alignment, one.alignment, rtol=1e-10, atol=1e-18)
+    torch.testing.assert_close(many.gram, one.gram, rtol=1e-10, atol=1e-18)

@@ -173,6 +173,21 @@ def test_knobs_of_the_selector_are_in_the_run(call):
     assert plan.options["scoring_dtype"] == "model"
 
 
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("method", ["greats", "ppl-mid"])
+def test_greats_and_perplexity_share_the_candidates_of_all(method, scope):
+    plan = command.settle(command.parser("").parse_args(
+        ["--model", "ci", "--method", method, "--data", "a", "--proxy", "b", "--score-microbatch", "3", "--selection",
+         scope]))
+    world = command.World(1, 4, torch.device("cpu"))
+    built = command.selector_for(plan, world)
+    assert (built.microbatch, built.window) == (3, WINDOW)
+    if method == "greats":  # the proxy is everybody's also where the candidates are not
+        assert built.world == world and built.gathered == (scope == "global")
+    else:
+        assert built.world == (world if scope == "global" else None)
+
+
 def test_models_on_the_way_are_kept_also_by_a_run_that_was_killed(call, qwen3, tmp_path, monkeypatch):
     arguments = ["--model", qwen3, "--method", "random", *SMALL, "--save-every", "1"]
     code, _, err = call(*arguments, "--save", tmp_path / "whole")
@@ -299,7 +314,10 @@ def test_a_saved_model_replaces_an_older_one_and_nothing_else(call, qwen3, tmp_p
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "no-such-model"], "model 'no-such-model' is no folder here"),
     (["--model", "ci", "--method", "random", "--sketch-width", "64"], "--sketch-width is of the opus methods with a"),
-    (["--model", "ci", "--method", "ppl-low", "--score-microbatch", "2"], "--score-microbatch is of the opus methods"),
+    (["--model", "ci", "--method", "random", "--score-microbatch", "2"], "is of methods that score, not of random"),
+    (["--model", "ci", "--method", "greats", "--score-microbatch", "0"], "microbatch must be at least 1 candidate"),
+    (["--model", "ci", "--method", "ppl-low", "--score-microbatch", "0"], "microbatch must be at least 1 candidate"),
+    (knobs("greats", gathered=False), "greats has no knob 'gathered'"),
     (["--model", "ci", "--steps", "4", "--tokens", "1e6"], "--steps and --tokens say the same"),
     (["--model", "ci", "--save-every", "2"], "--save-every 2 needs at least 1 step and --save"),
     (["--model", "ci", "--save-every", "0", "--save", "m"], "--save-every 0 needs at least 1 step"),

@@ -1,20 +1,23 @@
 """Selection by several processes: each scores a share of the candidates.
 
-    global    utilities (and sketches, where there is redundancy) are gathered, and every process draws the same
-              indices from all of them with the same generator.  The choice does not depend on the number of
-              processes: utilities are equal to rounding, draws are equal but where rounding moves one across
-              a threshold.
+    global    utilities (and sketches, where there is redundancy) are gathered, and the choice is process 0's from
+              all of them.  It does not depend on the number of processes: utilities are equal to rounding, draws
+              are equal but where rounding moves one across a threshold.  What the others chose is not looked at:
+              a GPU's sums may differ from another's in the last bit, and a greedy choice with them.
     local     the candidates are split into ``size`` shares, in order, and process r draws its part of the
               selection from share r with generator r.  Utilities are those of the global selection; the choice
               depends on the number of shares, and equals what one process draws from each share with that
               share's generator.  Nothing but the proxy's gradient is communicated.
+
+In both all processes must see the same candidates in the same order, which is checked at every step.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -138,14 +141,11 @@ class SharedOpus:
 
         mine = self._in_microbatches(features, len(part), state)
 
-        def everyones() -> Iterator[tuple[str, Tensor]]:
-            for name in list(mine):
-                yield name, self._all(mine.pop(name)[:counted], n)
-
-        utility = utility_of_sketches(
-            everyones(), proxy, alignment_weights, redundancy_weights if weight else None, opus.sketch_width,
-            opus.sketch_seed)
-        return replace(utility, redundancy_weight=weight)
+        own = ((name, mine.pop(name)[:counted]) for name in list(mine))
+        rows = utility_of_sketches(
+            own, proxy, alignment_weights, redundancy_weights if weight else None, opus.sketch_width,
+            opus.sketch_seed, lambda x: self._all(x, n))
+        return Utility(self._all(rows.alignment, n), None if rows.gram is None else self._all(rows.gram, n), weight)
 
     def _in_microbatches(self, score: Callable[[int | None], Any], n: int, state: TrainState) -> Any:
         """The score with the selector's microbatch, halved for good when memory runs out."""
@@ -177,28 +177,40 @@ def select_shared(
 ) -> tuple[Int[Tensor, " size"], Int[Tensor, " part"], Selection]:
     """One step's choice by all processes (module docstring).
 
-    ``selector`` is a SharedOpus made for the scope, or any other, which every process then runs on all
-    candidates (global) or on its own (local).
+    Every process runs ``selector`` on all candidates (global) or on its own (local).  SharedOpus, and GREATS and
+    perplexity with a ``world``, are made for a scope and divide the work of the global one; any other does all of
+    it on every process.  Process 0's choice is everybody's in the global scope (module docstring).
+
+    Cost beside the selector's: one checksum of the candidates, and a broadcast of ``size`` numbers.
 
     Returns:
         Indices of all chosen candidates and those that this process trains on, both ascending and as places among
-        all candidates; and this process's Selection.
+        all candidates; and this process's Selection, of which the utilities may differ from process 0's by rounding.
 
     Raises:
         ValueError: for a scope that is unknown, and candidates or a size that the processes cannot share evenly.
-        RuntimeError: if processes that must agree do not.
+        RuntimeError: if a process has other candidates than process 0.
     """
     check_scope(scope, len(candidates), size, world.size)
+    world.check_equal(f"candidates at step {state.step}", torch.tensor([checksum(candidates)]))
     part = size // world.size
     if scope == "global":
         selection = selector.select(candidates, size, state, step_generator(seed, state.step))
-        chosen = selection.indices.sort().values
-        world.check_equal(f"choices at step {state.step}", chosen)
+        chosen = world.first(selection.indices).sort().values
         return chosen, chosen[world.rank * part : (world.rank + 1) * part], selection
     own, _ = world.share(len(candidates))
     selection = selector.select(candidates[own], part, state, step_generator(seed, state.step, world.rank))
     mine = own[selection.indices.sort().values]
     return world.gather(mine, size), mine, selection
+
+
+def checksum(batch: Sequences) -> int:
+    """CRC-32 of tokens, masks and their shape; milliseconds for millions of tokens."""
+    found = zlib.crc32(str(tuple(batch.tokens.shape)).encode())
+    for x in (batch.tokens, batch.attention_mask, batch.loss_mask):
+        if x is not None:
+            found = zlib.crc32(x.cpu().numpy().tobytes(), found)
+    return found
 
 
 def check_scope(scope: str, candidates: int, size: int, processes: int) -> None:

@@ -6,7 +6,8 @@
     parallelize   DDP (every process has all weights) or FSDP2 (``fully_shard``: every process has 1 / size of each)
 
 What is gathered (utilities, sketches, losses) is the same bit for bit on every process; what is summed over
-processes (gradients) differs from one process's sum by rounding.
+processes (gradients) differs from one process's sum by rounding.  What every process computes for itself, be it from
+the same numbers, need not be the same on GPUs, whose sums take another order from one time to the next.
 """
 
 from __future__ import annotations
@@ -141,6 +142,13 @@ class World:
             raise bad[0][1]("; ".join(f"{text} on process {rank}" for rank, _, text in bad)) from failed
         return found
 
+    def first(self, x: Tensor) -> Tensor:
+        """Process 0's x on every process, on the CPU; shape and dtype are the same on all."""
+        x = x.cpu().clone()
+        if self.size > 1:
+            dist.broadcast(x, 0)
+        return x
+
     def check_equal(self, what: str, values: Int[Tensor, " n"]) -> None:
         """Refuse to go on when processes that must agree do not.
 
@@ -151,7 +159,7 @@ class World:
         others = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
         if others:
             raise RuntimeError(f"processes {others} have other {what} than process 0; the processes must run the same "
-                               "code with the same settings on the same data and kind of device")
+                               "code with the same settings on the same data")
 
 
 def shared_scores(
