@@ -18,6 +18,9 @@ part of P_t.  Adam's coupled one adds decay * W to every gradient: an offset tha
 whichever candidates are chosen, and so left out.  maximize=True is refused: whether the gradients
 scored here are those of the loss or of what is maximized cannot be known.
 The real maps are not linear; optimizer_map.py has their derivative.
+
+Products are in the state's dtype, at least float32; on a GPU that is float32 itself, not TF32, unless the caller
+allows it by ``torch.set_float32_matmul_precision``, which nothing here does and records state.
 """
 
 from __future__ import annotations
@@ -36,12 +39,52 @@ from .gradients import Factors, PerSampleGradient
 
 
 @dataclass(frozen=True)
+class LeftPolynomial:
+    """S = a I + b A + c A^2 with A = q q^T, (o, o) and symmetric, held by the shorter side of q.
+
+        o <= i    S x = inner x                     inner = S                  (o, o)
+        o > i     S x = a x + q (inner (q^T x))     inner = b I + c q^T q      (i, i), and q is kept
+
+    Exactness: the two forms are equal up to rounding in the dtype of q.
+    Cost: ``inner`` takes 2 o^2 i + 2 o^3 flops, or 2 o i^2; S x takes 2 o^2 flops a column of x, or 4 o i + 2 i^2.
+        For o = 3 i and one gradient of i columns that is 20 i^3 in all, where forming S takes 90 i^3.
+    """
+
+    inner: Float[Tensor, "k k"]  # k = min(o, i)
+    a: float
+    q: Float[Tensor, "o i"] | None = None  # None: o <= i
+
+    def __call__(self, x: Float[Tensor, "*n o r"]) -> Float[Tensor, "*n o r"]:
+        """S x, in at least float32."""
+        x = wide(x)
+        if self.q is None:
+            return self.inner @ x
+        return self.a * x + self.q @ (self.inner @ (self.q.T @ x))
+
+    def dense(self) -> Float[Tensor, "o o"]:
+        """S itself; O(o^2 i) flops where o > i."""
+        if self.q is None:
+            return self.inner
+        return self(torch.eye(len(self.q), dtype=self.q.dtype, device=self.q.device))
+
+
+def inner_flops(o: int, i: int) -> int:
+    """Of ``LeftPolynomial.inner``."""
+    return 2 * o * i * i if o > i else 2 * o * o * (i + o)
+
+
+def left_flops(o: int, i: int, columns: int) -> int:
+    """Of ``LeftPolynomial`` applied to so many columns."""
+    return columns * (4 * o * i + 2 * i * i if o > i else 2 * o * o)
+
+
+@dataclass(frozen=True)
 class Preconditioner:
     """P(G) = scale * left (diagonal o G); a part that is None is the identity."""
 
     scale: float = 1.0
     diagonal: Tensor | None = None  # (o, i)
-    left: Tensor | None = None  # (o, o), symmetric
+    left: LeftPolynomial | None = None
     learning_rate: float = 1.0  # eta_t of the parameter's group, not adjusted, for the utility
 
     def __call__(self, gradient: Float[Tensor, "*n o i"]) -> Float[Tensor, "*n o i"]:
@@ -49,18 +92,18 @@ class Preconditioner:
         if self.diagonal is not None:
             gradient = gradient * self.diagonal
         if self.left is not None:
-            gradient = self.left @ gradient
+            gradient = self.left(gradient)
         return gradient * self.scale
 
     def on_left(self, gradient: PerSampleGradient) -> PerSampleGradient:
-        """Apply the left factor to factored gradients: (S b) a^T = S (b a^T); cost O(n t o^2)."""
+        """Apply the left factor to factored gradients: (S b) a^T = S (b a^T); n t columns of ``LeftPolynomial``."""
         if self.left is None:
             return gradient
         if any(not use.left.is_floating_point() for use in gradient.uses):
             raise ValueError("a left-multiplying preconditioner (Muon) cannot act on an embedding; "
                              "give embeddings to AdamW")
         return PerSampleGradient(
-            gradient.shape, tuple(Factors(wide(use.left) @ wide(self.left), use.right) for use in gradient.uses)
+            gradient.shape, tuple(Factors(self.left(use.left.mT).mT, use.right) for use in gradient.uses)
         )
 
     def on_rows(self, rows: Float[Tensor, "n r i"], start: int) -> Float[Tensor, "n r i"]:
@@ -86,23 +129,40 @@ def adamw_preconditioner(state: dict, group: dict) -> Preconditioner:
     return Preconditioner(scale, _as_matrix(diagonal), None, rate)
 
 
-def muon_preconditioner(state: dict, group: dict, shape: torch.Size) -> Preconditioner:
+def muon_preconditioner(
+    state: dict, group: dict, shape: torch.Size, inner: Float[Tensor, "k k"] | None = None
+) -> Preconditioner:
     """The paper's P_t of Muon for one parameter: one Newton-Schulz polynomial of the momentum.
 
+    ``inner``: that of ``muon_inner`` where it is known; the momentum is then read only where o > i.
     Not the derivative of the real step, which has five such polynomials and the momentum's norm.
     """
     rate = float(group["lr"])
     adjusted = _adjust_lr(rate, group["adjust_lr_fn"], shape)
     if "momentum_buffer" not in state:
         return Preconditioner(scale=adjusted, learning_rate=rate)
-    momentum = state["momentum_buffer"]
-    a, b, c = group["ns_coefficients"]
-    q = momentum / momentum.norm().clamp(min=group["eps"])
-    outer = q @ q.T
-    eye = torch.eye(len(q), dtype=q.dtype, device=q.device)
-    left = a * eye + b * outer + c * outer @ outer
+    momentum, tall = state["momentum_buffer"], shape[0] > shape[1]
+    left = LeftPolynomial(
+        muon_inner(momentum, group) if inner is None else inner, group["ns_coefficients"][0],
+        normalised(momentum, group["eps"]) if tall else None)
     share = 1 - group["momentum"] ** (2 if group["nesterov"] else 1)
     return Preconditioner(adjusted * share, None, left, rate)
+
+
+def muon_inner(momentum: Float[Tensor, "o i"], group: dict) -> Float[Tensor, "k k"]:
+    """``LeftPolynomial.inner`` for a momentum: the costly part of Muon's P_t, k = min(o, i)."""
+    a, b, c = group["ns_coefficients"]
+    q = normalised(momentum, group["eps"])
+    tall = q.shape[0] > q.shape[1]
+    outer = q.T @ q if tall else q @ q.T
+    eye = torch.eye(len(outer), dtype=q.dtype, device=q.device)
+    return b * eye + c * outer if tall else a * eye + b * outer + c * outer @ outer
+
+
+def normalised(momentum: Float[Tensor, "o i"], eps: float) -> Float[Tensor, "o i"]:
+    """q = m / max(|m|_F, eps), in at least float32."""
+    momentum = wide(momentum)
+    return momentum / momentum.norm().clamp(min=eps)
 
 
 @dataclass(frozen=True)
@@ -156,12 +216,12 @@ def preconditioners(
     return {name: preconditioner_of(one) for name, one in owners(optimizers, parameters).items()}
 
 
-def preconditioner_of(one: Owned) -> Preconditioner:
-    """P_t of one parameter; errors as ``preconditioners``."""
+def preconditioner_of(one: Owned, inner: Float[Tensor, "k k"] | None = None) -> Preconditioner:
+    """P_t of one parameter; errors as ``preconditioners``, ``inner`` as ``muon_preconditioner``."""
     if isinstance(one.optimizer, torch.optim.Adam):  # AdamW is a subclass
         return adamw_preconditioner(one.state, one.group)
     if isinstance(one.optimizer, torch.optim.Muon):
-        return muon_preconditioner(one.state, one.group, one.parameter.shape)
+        return muon_preconditioner(one.state, one.group, one.parameter.shape, inner)
     if isinstance(one.optimizer, torch.optim.SGD):
         return Preconditioner(learning_rate=float(one.group["lr"]))
     raise ValueError(f"no preconditioner for {type(one.optimizer).__name__}; "

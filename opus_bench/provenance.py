@@ -172,7 +172,10 @@ def git_state(root: str | Path = ROOT, sources: Iterable[str] = ("opus_bench", "
 
 
 def environment(device: str = "cpu") -> dict:
-    """Versions and machine that a record states: no user, no host name, no kernel build."""
+    """Versions and machine that a record states: no user, no host name, no kernel build.
+
+    ``float32_products`` is torch's setting: "highest" is float32, "high" lets a GPU round factors to TF32.
+    """
 
     def version(package: str) -> str | None:
         try:
@@ -194,6 +197,7 @@ def environment(device: str = "cpu") -> dict:
         "cpu": _cpu_model(),
         "device": str(device),
         "threads": threads,
+        "float32_products": torch.get_float32_matmul_precision() if torch else "highest",
     }
 
 

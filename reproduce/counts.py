@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from opus_bench.model import SIZES
+from opus_bench.preconditioner import inner_flops, left_flops
 
 ESTIMATORS = {  # as the records name them: what is done
     "CountSketch": "dense gradients formed, then hashed: the literal method",
@@ -37,23 +38,21 @@ class Shape:
     gated: bool = False  # an MLP of three matrices instead of two
 
     @property
-    def block_parameters(self) -> int:
-        """Numbers in the matrices of all blocks: what is scored."""
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """(outputs, inputs) of every matrix of one block: what is scored."""
         d, kv = self.width, self.width if self.kv_width is None else self.kv_width
         inner = 4 * d if self.feed_forward is None else self.feed_forward
-        return self.layers * (2 * d * d + 2 * d * kv + (3 if self.gated else 2) * d * inner)
+        return (d, d), (kv, d), (kv, d), (d, d), *[(inner, d)] * (1 + self.gated), (d, inner)
+
+    @property
+    def block_parameters(self) -> int:
+        """Numbers in the matrices of all blocks."""
+        return self.layers * sum(o * i for o, i in self.matrices)
 
     @property
     def head_parameters(self) -> int:
         """Numbers in the matrix that makes logits; the embedding is a lookup and has no FLOPs."""
         return self.width * self.vocabulary
-
-    @property
-    def squared_outputs(self) -> int:
-        """Sum over block matrices of the square of their output width: numbers in Muon's S of all of them."""
-        d, kv = self.width, self.width if self.kv_width is None else self.kv_width
-        inner = 4 * d if self.feed_forward is None else self.feed_forward
-        return self.layers * (3 * d * d + 2 * kv * kv + (2 if self.gated else 1) * inner * inner)
 
 
 LARGE = Shape("GPT-2 Large", "paper", *SIZES["gpt2-large"][:2], 50304, 24576, 64, 8, 32, 512)
@@ -134,7 +133,7 @@ def candidate_flops(shape: Shape, estimator: str, causal: bool = False) -> int:
         central difference         two forwards
 
     Not counted: hashing, which moves N P_blocks numbers but multiplies no matrices; the sketches' own Gram;
-    what P_t does, elementwise for AdamW and a product with a square matrix for Muon.
+    what P_t does, elementwise for AdamW and `muon_flops` for Muon.
 
     Raises:
         ValueError: an unknown estimator.
@@ -147,6 +146,18 @@ def candidate_flops(shape: Shape, estimator: str, causal: bool = False) -> int:
     gram = 2 * n * n * shape.block_parameters if estimator == "exact alignment and Gram" else 0
     return (forward_flops(shape, n, t, causal) + activation_flops(shape, n, t, causal) + dense_flops(shape, n, t)
             + gram)
+
+
+def muon_flops(shape: Shape, columns: int | None = None) -> int:
+    """P_t of Muon for every block matrix once, and S applied to so many columns of each.
+
+    None: to one gradient, i columns, which makes it 6 o i^2 + 2 i^3 for o > i, else 4 o^2 i + 2 o^3.  Several
+    processes divide what is done once between them (`opus_bench.distributed.state`); this is the sum of all.
+
+    Exactness: equals torch's counter.
+    """
+    return shape.layers * sum(inner_flops(o, i) + left_flops(o, i, i if columns is None else columns)
+                              for o, i in shape.matrices)
 
 
 def flop_ratio(shape: Shape, estimator: str, proxy_every: int = 1, causal: bool = False) -> float:
@@ -172,10 +183,11 @@ def scoring_flops(shape: Shape, selector: str, options: dict, optimizer: str, ca
         perplexity        one forward of the candidates' windows
         greats            exact alignment and Gram, a proxy every ``proxy_every`` steps
         opus              the estimator of the arm or of the option ``estimator`` (sketch, forward), and a proxy; layers
-                          other than the blocks add the head's products; sketches under Muon add S b for every
-                          position, 2 n t sum o^2
+                          other than the blocks add the head's products; under Muon P_t is made once a step and
+                          applied to the proxy's gradient, or, for sketches and the Gram, to b of every position
+                          (`muon_flops`); not where the option ``preconditioner`` leaves P_t out
 
-    Not counted: what `candidate_flops` does not count, and P_t once a step on the proxy's gradient.
+    Not counted: what `candidate_flops` does not count, but for Muon's P_t, and the real map of ``adjoint``.
 
     Raises:
         ValueError: an unknown selector.
@@ -199,8 +211,8 @@ def scoring_flops(shape: Shape, selector: str, options: dict, optimizer: str, ca
     head = options.get("layers", "matrices" if calibrated else "blocks") != "blocks"
     if head and estimator != "central difference":
         total += 2 * n * t * shape.head_parameters + 2 * shape.proxies * t * shape.head_parameters / every
-    if estimator == "CountSketch" and optimizer == "muon":
-        total += 2 * n * t * shape.squared_outputs
+    if selector == "opus" and optimizer == "muon" and options.get("preconditioner", "frozen") == "frozen":
+        total += muon_flops(shape, n * t if estimator in ("CountSketch", "exact alignment and Gram") else None)
     return total
 
 
@@ -221,7 +233,7 @@ def kept_bytes(shape: Shape, width: int = 8192) -> dict[str, int]:
                                             (4 P_blocks) for the central difference, which restores them
         sketches                            4 N width for each of the blocks' matrices
     """
-    matrices = shape.layers * (7 if shape.gated else 6)
+    matrices = shape.layers * len(shape.matrices)
     p = shape.block_parameters
     return {"hash tables of the literal method": 12 * p, "proxy gradient": 4 * p, "direction V": 4 * p,
             "copy of the weights (central difference)": 4 * p,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from small_models import VOCABULARY, perturbed, small_paper_gpt2, tokens
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
 import baselines.greats as greats_module
@@ -20,12 +21,15 @@ import opus_bench.distributed.pretrain as pretraining
 import opus_bench.distributed.world as spreading
 from baselines.greats import Greats
 from baselines.perplexity import Perplexity
+from opus_bench import preconditioner as of_preconditioner
 from opus_bench import utility
 from opus_bench.distributed import selection as shared_selection
+from opus_bench.distributed import state as shared_state
 from opus_bench.distributed.world import World, parallelize, shared_mean_gradient
 from opus_bench.ghost import full
 from opus_bench.gradients import layer_names, parameter_names
 from opus_bench.distributed.pretrain import PretrainConfig, pretrain
+from opus_bench.preconditioner import preconditioners
 from opus_bench.selector import Opus, Selection, Stateless, TrainState
 from opus_bench.sequences import Sequences, sample_losses
 from opus_bench.distributed.state import LivePreconditioners, ShardedMuon
@@ -176,10 +180,109 @@ def preconditioners_of(world: World, optimizer: str) -> dict:
     gradient = shared_mean_gradient(model, Sequences(tokens(5, 10)), names, world)
     sharded = all(isinstance(s, DTensor) for o in optimizers for one in o.state.values()
                   for s in one.values() if s.ndim)
-    return {"p": {k: (p[k].scale, p[k].diagonal, p[k].left, p[k].learning_rate) for k in p},
-            "direction": {k: full(p.direction(k, g)) for k, g in gradient.items()},
+    return {"p": {k: (one.scale, one.diagonal, None if one.left is None else one.left.dense(), one.learning_rate)
+                  for k, one in p.items()},
+            "direction": {k: full(v) for k, v in p.directions(gradient).items()},
             "gradient": {k: full(g) for k, g in gradient.items()},
             "sharded": sharded, "grads": [x.grad is None for x in model.parameters()]}
+
+
+SHAPES = ((5, 3), (3, 7), (4, 4), (9, 2), (1, 6), (6, 6), (2, 8), (3, 7), (12, 3), (3, 12), (4, 5))
+SILENT = 5  # has no gradient
+
+
+def matrices_of(world: World, sharded: bool) -> tuple[list, list]:
+    """Parameters of SHAPES, whole or by rows, in float32; and what they are, whole."""
+    torch.manual_seed(0)
+    whole = [torch.randn(shape) for shape in SHAPES]
+    mesh = torch.distributed.init_device_mesh("cpu", (world.size,))
+    spread = [distribute_tensor(x, mesh, [Shard(0)]) if sharded else x.clone() for x in whole]
+    return [torch.nn.Parameter(x) for x in spread], [torch.nn.Parameter(x) for x in whole]
+
+
+def give_gradients(parameters: list, seed: int) -> None:
+    torch.manual_seed(seed)
+    for k, p in enumerate(parameters):
+        x = torch.randn(p.shape)
+        p.grad = None if k == SILENT else sharded_as(x, p)
+
+
+def sharded_as(x, like):
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def groups_of(parameters: list) -> list[dict]:
+    return [{"params": parameters[:4], "lr": 0.1, "weight_decay": 0.1},
+            {"params": parameters[4:], "lr": 0.2, "nesterov": False, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3}]
+
+
+@contextmanager
+def counting(module, name: str):
+    """Shapes of the first argument of every call of a function."""
+    shapes, real = [], getattr(module, name)
+
+    def counted(x, *arguments):
+        shapes.append(tuple(x.shape))
+        return real(x, *arguments)
+
+    setattr(module, name, counted)
+    try:
+        yield shapes
+    finally:
+        setattr(module, name, real)
+
+
+def muon_divided(world: World, sharded: bool) -> dict:
+    """Three steps of ShardedMuon, then P_t; what this process computed, and whether all is as by one process."""
+    parameters, whole = matrices_of(world, sharded)
+    ours, plain = ShardedMuon(groups_of(parameters)), torch.optim.Muon(groups_of(whole))
+    for step in range(3):
+        with counting(shared_state, "_zeropower_via_newtonschulz") as stepped:
+            for optimizer, some in ((ours, parameters), (plain, whole)):
+                give_gradients(some, step)
+                optimizer.step()
+    names = [f"w{k}" for k in range(len(SHAPES))]
+    p = LivePreconditioners([ours], dict(zip(names, parameters)))
+    want = preconditioners([plain], dict(zip(names, whole)))
+    gradients = {name: torch.randn(shape) for name, shape in zip(names, SHAPES)}
+    spread = {name: sharded_as(g, x) for (name, g), x in zip(gradients.items(), parameters)}
+    with counting(of_preconditioner, "muon_inner") as directed:
+        directions = p.directions(spread)
+    with counting(of_preconditioner, "muon_inner") as rebuilt, counting(shared_state, "muon_inner") as built:
+        twice = [{name: p[name](gradients[name]) for name in names} for _ in range(2)]
+    return {
+        "stepped": stepped, "directed": directed, "built": built, "rebuilt": rebuilt,
+        "kept": sum(x.numel() for x in p.build().values()),
+        "weights": [torch.equal(full(x.detach()), y.detach()) for x, y in zip(parameters, whole)],
+        "directions": [torch.equal(full(directions[k]), want[k](gradients[k])) for k in names],
+        "p": [torch.equal(found[k], want[k](gradients[k])) for found in twice for k in names],
+        "spread": all(isinstance(x, DTensor) == sharded for x in directions.values()),
+        "untouched": all(torch.equal(full(spread[k]), gradients[k]) for k in names)}
+
+
+def torn(world: World, sharded: bool) -> tuple[str, bool]:
+    """What is said where one process lacks a gradient, and whether all is as it was."""
+    parameters, whole = matrices_of(world, sharded)
+    give_gradients(parameters, 0)
+    if world.rank == world.size - 1:
+        parameters[2].grad = None
+    optimizer = ShardedMuon(parameters)
+    with pytest.raises(RuntimeError) as found:
+        optimizer.step()
+    same = all(torch.equal(full(x.detach()), y) for x, y in zip(parameters, whole))
+    return str(found.value), same and not optimizer.state
+
+
+def columns(world: World) -> str:
+    """What is said of a matrix sharded by columns."""
+    mesh = torch.distributed.init_device_mesh("cpu", (world.size,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError) as found:
+        ShardedMuon([p]).step()
+    return str(found.value)
 
 
 def utilities(world: World, opus: Opus, optimizer: str, parallelism: str, model: str = "paper", n: int = 7) -> tuple:

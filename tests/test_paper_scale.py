@@ -146,8 +146,10 @@ def test_selection_flops_by_selector(grid3):
     larger_proxy = 4 * proxy + 2 * 32 * 512 * head  # of all matrices, the head too, every 8 steps
     assert step["OPUS (calibrated)"] == windows * (forward + backward + 2 * blocks + 2 * head) + larger_proxy / 8
     muon = selection_flops(one(grid3, "OPUS (paper)")) / 305_176
-    assert muon - step["OPUS (paper)"] == 2 * windows * 21 * 1600**2 * 48
-    assert selection_flops(one(grid3, "OPUS (calibrated)")) == selection_flops(run["OPUS (calibrated)"])
+    # S of four square matrices, the wide and the tall one; then times b of every position
+    assert muon - step["OPUS (paper)"] == 48 * (34 * 1600**3 + windows * 28 * 1600**2)
+    muon = selection_flops(one(grid3, "OPUS (calibrated)")) / 305_176
+    assert muon - step["OPUS (calibrated)"] == 48 * (4 * 6 + 18 + 26) * 1600**3
     with pytest.raises(ValueError, match="no count for selector 'best'"):
         counts.scoring_flops(XL, "best", {}, "adamw")
 
@@ -162,14 +164,18 @@ def test_options_of_opus_change_its_count():
     assert base - of(layers="blocks") == 2 * 32 * 512 * XL.head_parameters + 2 * 8 * 512 * XL.head_parameters / 8
     assert of(redundancy="measured") - base == 2 * 32 * 32 * XL.block_parameters
     assert of(estimator="forward") == 2 * counts.forward_flops(XL, 32, 512) + counts.proxy_flops(XL) / 8
+    for options in ({"preconditioner": "identity"}, {"preconditioner": "adjoint"}):
+        assert counts.scoring_flops(XL, "opus", {"arm": "calibrated", **options}, "muon") == base
+    gram = {"arm": "calibrated", "redundancy": "measured"}
+    assert counts.scoring_flops(XL, "opus", gram, "muon") - of(redundancy="measured") == counts.muon_flops(XL, 32 * 512)
     whole = counts.scoring_flops(replace(XL, window=10**6), "perplexity", {}, "adamw")
     assert whole == counts.forward_flops(XL, 32, 6144)
 
 
 @pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda shape: shape.name)
-def test_squared_outputs_are_those_of_the_model(shape):
+def test_matrices_are_those_of_the_model(shape):
     blocks = [p for k, p in model_of(shape).named_parameters() if p.ndim == 2 and ("blocks." in k or "layers." in k)]
-    assert shape.squared_outputs == sum(p.shape[0] ** 2 for p in blocks)
+    assert sorted(shape.matrices * shape.layers) == sorted(tuple(p.shape) for p in blocks)
 
 
 def test_hours_disk_downloads_and_memory_by_hand(grid3):

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from opus_bench.gradients import PerSampleGradient, Factors, capture, layer_names, parameter_names
 from opus_bench.ghost import rows
-from opus_bench.preconditioner import preconditioners
+from opus_bench.preconditioner import inner_flops, left_flops, muon_inner, muon_preconditioner, preconditioners
 
 from small_models import optimizers_for, tokens
 
@@ -147,6 +148,63 @@ def test_muons_scale_is_what_a_real_step_makes_of_a_gradient(nesterov, monkeypat
     before = w.detach() * (1 - 0.1 * 0.2)
     opt.step()
     torch.testing.assert_close((before - w.detach()) * norm, p(g), rtol=1e-10, atol=1e-14)
+
+
+SHAPES = [(7, 5), (5, 7), (6, 6), (9, 3), (1, 4), (4, 1), (33, 32)]
+GROUP = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "ns_coefficients": (3.4445, -4.7750, 2.0315), "eps": 1e-7,
+         "adjust_lr_fn": None}
+
+
+@pytest.mark.parametrize("o,i", SHAPES)
+def test_both_forms_of_muons_s_are_the_polynomial(o, i):
+    """S = a I + b A + c A^2 by its definition, against the form that the shape decides, on columns, rows and I.
+
+    Every product is of sums of at most max(o, i, 1) terms and of factors whose norms multiply to at most
+    (a sqrt(o) + |b| + |c|) |x|, since |q|_F = 1; three in a row on either side.
+    """
+    torch.manual_seed(o)
+    momentum, x = torch.randn(2, o, i, dtype=torch.float64)
+    p = muon_preconditioner({"momentum_buffer": momentum}, GROUP, momentum.shape)
+    (a, b, c), q = GROUP["ns_coefficients"], momentum / momentum.norm()
+    outer = q @ q.T
+    s = a * torch.eye(o, dtype=torch.float64) + b * outer + c * outer @ outer
+    bound = 6 * max(o, i) * torch.finfo(torch.float64).eps * (a * o**0.5 + abs(b) + abs(c))
+    assert p.left.inner.shape == (min(o, i),) * 2
+    assert (p.left(x) - s @ x).norm() < bound * x.norm()
+    assert (p.left.dense() - s).norm() < bound * o**0.5
+    assert (p(x) - p.scale * (s @ x)).norm() < bound * p.scale * x.norm()
+    several = torch.randn(2, 3, o, dtype=torch.float64)  # samples, positions
+    (moved,) = p.on_left(PerSampleGradient((o, i), (Factors(several, several),))).uses
+    assert (moved.left - several @ s).norm() < bound * several.norm()
+    again = muon_preconditioner({"momentum_buffer": momentum}, GROUP, momentum.shape, p.left.inner)
+    assert torch.equal(again(x), p(x))
+
+
+@pytest.mark.parametrize("o,i", SHAPES)
+def test_muons_flops_are_those_of_torchs_counter(o, i):
+    momentum, x = torch.randn(2, o, i)
+    with FlopCounterMode(display=False) as made:
+        inner = muon_inner(momentum, GROUP)
+    p = muon_preconditioner({"momentum_buffer": momentum}, GROUP, momentum.shape, inner)
+    with FlopCounterMode(display=False) as applied:
+        p(x)
+    with FlopCounterMode(display=False) as left:
+        p.on_left(PerSampleGradient((o, i), (Factors(torch.randn(2, 3, o), torch.randn(2, 3, i)),)))
+    assert made.get_total_flops() == inner_flops(o, i)
+    assert applied.get_total_flops() == left_flops(o, i, i)
+    assert left.get_total_flops() == left_flops(o, i, 2 * 3)
+    want = 6 * o * i**2 + 2 * i**3 if o > i else 4 * o**2 * i + 2 * o**3
+    assert made.get_total_flops() + applied.get_total_flops() == want
+    dense = 4 * o**2 * i + 2 * o**3  # S formed, then one product
+    assert want <= dense or o / i < 1.2
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4)])
+def test_muons_products_are_at_least_float32(shape):
+    momentum, x = torch.randn(2, *shape, dtype=torch.bfloat16)
+    p = muon_preconditioner({"momentum_buffer": momentum}, GROUP, shape)
+    want = muon_preconditioner({"momentum_buffer": momentum.float()}, GROUP, shape)
+    assert p(x).dtype == torch.float32 and torch.equal(p(x), want(x.float()))
 
 
 def test_adamws_numbers_are_bit_for_bit_the_stated_operations():

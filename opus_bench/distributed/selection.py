@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 
 from opus_bench import sampling
 from opus_bench.distributed.world import World, shared_mean_gradient
-from opus_bench.ghost import outside_autocast, wide
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.distributed.state import LivePreconditioners
 from opus_bench.selector import Opus, Selection, Selector, TrainState
@@ -60,10 +59,11 @@ class SharedOpus:
     of all processes, its gradient the mean over all of it.
 
     Exactness: utilities equal those of one process up to the order of sums.
-    Cost: that of Opus on 1 / size of candidates and proxy.  Sharded weights: the direction V = P_t g_proxy stays
-        sharded, and one weight of it at a time is gathered when the backward meets its layer (o i numbers a weight
-        and microbatch); the sketch gathers optimizer state in its place, and sketches of all candidates, weight by
-        weight, where there is redundancy (n * width numbers each).  ``estimator="forward"`` needs neither.
+    Cost: that of Opus on 1 / size of candidates and proxy, and 1 / size of Muon's P_t (``LivePreconditioners``).
+        Sharded weights: the direction V = P_t g_proxy stays sharded, and one weight of it at a time is gathered when
+        the backward meets its layer (o i numbers a weight and microbatch); the sketch gathers optimizer state in its
+        place, and sketches of all candidates, weight by weight, where there is redundancy (n * width numbers each).
+        ``estimator="forward"`` needs neither.
 
     A GPU that runs out of memory in scoring halves the microbatch and scores again, with the same result to
     rounding; ``notes`` says so.  Not with sharded weights, where the other processes would wait for this one's
@@ -106,23 +106,30 @@ class SharedOpus:
         part = window[own]
         if opus.estimator == "sketch":
             return self._sketched(part, counted, len(window), state, names, p)
-        mine = self._in_microbatches(lambda size: self._alignment(part, state, names, p, size), len(part), state)
+        directions = self._directions(state, names, p)
+        mine = self._in_microbatches(
+            lambda size: self._alignment(part, state, names, directions, size), len(part), state)
         return Utility(self._all(mine[:counted], len(window)), None, 0.0)
 
     def _all(self, mine: Tensor, n: int) -> Tensor:
         return self.world.gather(mine, n) if self.gathered else mine
 
+    def _directions(self, state: TrainState, names: list[str], p: LivePreconditioners) -> dict[str, Tensor]:
+        """V = w P_t g_proxy of every weight, of all processes together, so not in what one may do over."""
+        assert self.opus._proxy_gradient is not None
+        weights, _ = self.opus.term_weights(p.rates, parameter_names(state.model, names))
+        found = p.directions(self.opus._proxy_gradient)
+        return {k: weights[k] * found.pop(k) for k in list(found)}
+
     def _alignment(
-        self, part: Sequences, state: TrainState, names: list[str], p: LivePreconditioners, microbatch: int | None
+        self, part: Sequences, state: TrainState, names: list[str], directions: dict[str, Tensor],
+        microbatch: int | None,
     ) -> Float[Tensor, " m"]:
-        opus, proxy = self.opus, self.opus._proxy_gradient
-        assert proxy is not None
-        parameters = parameter_names(state.model, names)
-        weights, _ = opus.term_weights(p.rates, parameters)
-        directions = {k: weights[k] * outside_autocast(p.direction)(k, wide(g)) for k, g in proxy.items()}
+        opus = self.opus
         if opus.estimator == "forward":
             return forward_alignment(
-                state.model, part, parameters, directions, opus.relative_step, opus.label_shift, microbatch)
+                state.model, part, parameter_names(state.model, names), directions, opus.relative_step,
+                opus.label_shift, microbatch)
         return streamed_alignment(
             state.model, part, names, directions, opus.label_shift, microbatch,
             torch.bfloat16 if opus.scoring_dtype == "bfloat16" else None)
@@ -134,6 +141,7 @@ class SharedOpus:
         assert proxy is not None
         alignment_weights, redundancy_weights = opus.term_weights(p.rates, parameter_names(state.model, names))
         weight = 1.0 if isinstance(opus.redundancy, str) else float(opus.redundancy)
+        p.build()  # of all processes together, so not in what one may do over
 
         def features(microbatch: int | None) -> dict[str, Tensor]:
             return streamed_features(state.model, part, names, p, opus.sketch_width, opus.sketch_seed,

@@ -76,7 +76,9 @@ def frozen_map(momentum: Float[Tensor, "o i"], group: dict[str, Any]) -> Precond
 
 def spectrum(momentum: Float[Tensor, "o i"], group: dict[str, Any]) -> Spectrum:
     """How far S is from c I; exact in the momentum's dtype, O(o^3 + o i min(o, i))."""
-    eigenvalues = torch.linalg.eigvalsh(frozen_map(momentum, group).left)
+    left = frozen_map(momentum, group).left
+    assert left is not None
+    eigenvalues = torch.linalg.eigvalsh(left.dense())
     away = (eigenvalues - eigenvalues.mean()).norm() / eigenvalues.norm()  # S is symmetric
     singular = torch.linalg.svdvals(momentum) / momentum.norm()
     quantiles = singular.quantile(torch.tensor(QUANTILES, dtype=singular.dtype))

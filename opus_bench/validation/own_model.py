@@ -75,8 +75,7 @@ def widened(problem: Scoring) -> Scoring:
     """The same problem with products in float32 at least, whatever the factors were computed in."""
 
     def wider(p: Preconditioner) -> Preconditioner:
-        return dataclasses.replace(p, diagonal=None if p.diagonal is None else wide(p.diagonal),
-                                   left=None if p.left is None else wide(p.left))
+        return dataclasses.replace(p, diagonal=None if p.diagonal is None else wide(p.diagonal))
 
     return Scoring(
         {k: PerSampleGradient(g.shape, tuple(Factors(wide(use.left), wide(use.right)) for use in g.uses))
