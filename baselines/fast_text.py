@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from opus_bench.errors import first_line
+
 DCLM = ("mlfoundations/fasttext-oh-eli5", "openhermes_reddit_eli5_vs_rw_v2_bigram_200k_train.bin")
 ULTRA_FINEWEB = ("openbmb/Ultra-FineWeb-classifier", "classifiers/ultra_fineweb_en.bin")
 ULTRA_TOKENIZER = "local_tokenizer"  # folder of the same repository
@@ -73,7 +75,7 @@ def ultra_fineweb(model: str | None = None, tokenizer: str | None = None) -> Fas
         else:
             loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer of {ULTRA_FINEWEB[0]} ({str(error).splitlines()[0]}); give "
+        raise ValueError(f"cannot load the tokenizer of {ULTRA_FINEWEB[0]} ({first_line(error)}); give "
                          "--classifier-tokenizer FOLDER") from error
     file = _file(model, *ULTRA_FINEWEB)
     return FastText(file, "__label__neg", lambda text: tokens_line(text, loaded), complement=True)
@@ -107,5 +109,4 @@ def _file(model: str | None, repository: str, name: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name))
     except Exception as error:  # the hub's client raises anything when it cannot be reached
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot fetch {name} of {repository} ({reason}); give --model FILE.bin") from error
+        raise ValueError(f"cannot fetch {name} of {repository} ({first_line(error)}); give --model FILE.bin") from error

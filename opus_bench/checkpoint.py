@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import first_line
 from .selector import Selector
 
 
@@ -127,5 +128,4 @@ def read_whole(path: Path) -> Any:
             file.seek(0)
             return torch.load(file, weights_only=True)
         except Exception as error:  # damage shows in whatever reads it first
-            reason = (str(error) or "no message").splitlines()[0]
-            raise ValueError(f"checkpoint {path} is damaged ({type(error).__name__}: {reason})") from error
+            raise ValueError(f"checkpoint {path} is damaged ({type(error).__name__}: {first_line(error)})") from error

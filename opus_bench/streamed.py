@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .errors import first_line
 from .ghost import contract, full, outside_autocast
 from .gradients import PerSampleGradient, sample_losses, scoring_mode, stream
 from .preconditioner import Preconditioner
@@ -165,8 +166,7 @@ def explained(mend: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        first_line = str(error).partition("\n")[0]
-        raise torch.OutOfMemoryError(f"{mend} ({first_line})") from error
+        raise torch.OutOfMemoryError(f"{mend} ({first_line(error)})") from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +32,48 @@ from .model import SIZES, OpusGPT2, OpusGPT2Config
 from .selector import Selector, TrainState
 from .stream import PROXIES, CandidateStream
 
+OPTIMIZERS = ("adamw", "muon")  # muon: for block matrices, with adamw for the rest
 STEP_DIAGNOSTICS = ("effective_sample_size", "total_variation", "utility_std")
 
 
+class StepSettings:
+    """What the settings of every run share, be it of one process or of many: the sizes of a step, and their checks.
+
+    The annotations are fields of the dataclasses made of this, each in its own place and with its own default.
+    """
+
+    steps: int  # optimizer updates
+    length: int  # tokens per sequence
+    buffer: int  # candidate sequences per step, N
+    selection_ratio: float  # chosen / candidates, rho
+
+    def check(self, known: Mapping[str, Iterable[str]], counts: Iterable[str]) -> None:
+        """Raise ValueError for a ratio that selects nothing, a name not ``known`` or one of ``counts`` below 1."""
+        if not 0 < self.selection_ratio <= 1:
+            raise ValueError(f"selection_ratio must be in (0, 1], got {self.selection_ratio}")
+        if self.selected_size < 1:
+            raise ValueError(f"selection_ratio {self.selection_ratio} of a buffer of {self.buffer} selects nothing; "
+                             "raise either")
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be {' or '.join(names)}, got {getattr(self, name)!r}")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def selected_size(self) -> int:
+        """Sequences trained on per step, rho N."""
+        return round(self.selection_ratio * self.buffer)
+
+    @property
+    def update_tokens(self) -> int:
+        """Tokens trained on in the whole run."""
+        return self.steps * self.selected_size * self.length
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(StepSettings):
     """Everything that determines one run, but for the corpus.  Defaults are of the smoke scale."""
 
     warmup: ClassVar[float] = 0.0  # share of the steps in which the rate rises; none here
@@ -66,33 +103,13 @@ class RunConfig:
     threads: int = 1  # of torch; sums on CPU depend on it
 
     def __post_init__(self) -> None:
-        if not 0 < self.selection_ratio <= 1:
-            raise ValueError(f"selection_ratio must be in (0, 1], got {self.selection_ratio}")
-        if round(self.selection_ratio * self.buffer) < 1:
-            raise ValueError(f"selection_ratio {self.selection_ratio} of a buffer of {self.buffer} "
-                             "selects nothing; raise either")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
-        if self.proxy not in PROXIES:
-            raise ValueError(f"proxy must be {' or '.join(PROXIES)}, got {self.proxy!r}")
+        self.check({"optimizer": OPTIMIZERS, "proxy": PROXIES},
+                   ("steps", "buffer", "proxy_size", "evaluations", "checkpoint_every", "threads"))
         if self.model not in SIZES:
             raise ValueError(f"unknown model size {self.model!r}; known: {', '.join(SIZES)}")
         if self.length > SIZES[self.model][3]:
             raise ValueError(f"length {self.length} is longer than the {SIZES[self.model][3]} tokens "
                              f"of model {self.model!r}")
-        for name in ("steps", "buffer", "proxy_size", "evaluations", "checkpoint_every", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def selected_size(self) -> int:
-        """Sequences trained on per step, rho N."""
-        return round(self.selection_ratio * self.buffer)
-
-    @property
-    def update_tokens(self) -> int:
-        """Tokens trained on in the whole run."""
-        return self.steps * self.selected_size * self.length
 
 
 class Labelled(Protocol):
@@ -102,15 +119,6 @@ class Labelled(Protocol):
     def ids(self) -> Tensor: ...
     @property
     def domains(self) -> tuple[str, ...]: ...
-
-
-class StepSize(Protocol):
-    """The fields of a config that say how many tokens a step trains on."""
-
-    @property
-    def selected_size(self) -> int: ...
-    @property
-    def length(self) -> int: ...
 
 
 class OptimizerSettings(Protocol):
@@ -276,7 +284,7 @@ class Progress:
         finally:
             setattr(self, name, getattr(self, name) + seconds() - start)
 
-    def note_loss(self, config: StepSize, split: str, value: float) -> None:
+    def note_loss(self, config: StepSettings, split: str, value: float) -> None:
         tokens = self.step * config.selected_size * config.length
         self.metrics.append({"step": self.step, "tokens_seen": tokens, "split": split,
                              "name": "loss", "unit": "nat/token", "value": value})

@@ -84,6 +84,8 @@ FAULTS = [
      "is opened, named or deleted", f"the others end, by themselves or by the launcher's SIGTERM; {RECOVERED}", [
          "shared_faults::test_killed_at_moments_spread_over_the_run",
          "shared_faults::test_killed_just_before_a_file_is_opened_named_or_deleted"]),
+    ("two processes under torchrun itself: kill -9 of one, three times in one run",
+     f"torchrun ends the other and fails; {RECOVERED}", ["shared_faults::test_killed_three_times_under_torchrun"]),
     ("two processes: one ended by the kernel in the middle of writing its shard", f"{RECOVERED}; half is never read", [
         "shared_faults::test_ended_in_the_middle_of_writing_a_shard"]),
     ("two processes: no room for one's shard, or for the last file of a checkpoint",
@@ -177,7 +179,8 @@ NOTES = """## What is meant
 - **Several processes.** Two gloo processes on the CPU run the command of `reproduce.pretrain` under FSDP2 (Muon,
   sketched scores) and DDP (AdamW, exact scores). Every file of their checkpoint has its SHA-256 in the checkpoint's
   last file, and all are compared before it is used. A process whose group lost one ends at its next message; one that
-  waits for a process that has not joined yet ends by the launcher's SIGTERM. All must see the same folder.
+  waits for a process that has not joined yet ends by the launcher's SIGTERM. The tests start the processes as
+  torchrun does, in one row torchrun does it. All must see the same folder.
 - **Out of memory.** Exact alignment, sketch and central difference are computed over again with half the microbatch,
   and the size that fitted is part of the selector's state. Utilities of two sizes differ by rounding, so such a run is
   replayed bit for bit by giving `microbatch` that size; the record's notes say which. The exact Gram, the measured

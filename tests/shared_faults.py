@@ -12,6 +12,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -143,6 +144,14 @@ class Group:
         codes = [process.exitcode for process in started]
         assert None not in codes, "a process is left"
         return codes
+
+    def torchrun(self) -> subprocess.Popen:
+        """The same run as a user starts it; its terminal is the log of rank 0."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.size)]
+        with open(self.ranks[0].log, "a") as log:
+            return subprocess.Popen([sys.executable, *launcher, "-m", "reproduce.pretrain", *self.ranks[0].arguments],
+                                    cwd=Path(__file__).resolve().parent.parent, stdout=log, stderr=subprocess.STDOUT,
+                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     @property
     def checkpoints(self) -> list[Path]:

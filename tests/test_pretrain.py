@@ -18,6 +18,7 @@ import shared_jobs as jobs
 import torch
 from processes import results, run
 
+from opus_bench import schema
 from opus_bench.distributed.world import ProcessError, World
 from opus_bench.distributed.pretrain import PretrainConfig, pretrain, update
 from opus_bench.sequences import Sequences
@@ -306,3 +307,9 @@ def test_only_local_selection_is_another_run_on_another_number_of_processes():
     assert shared.identity(2) == shared.identity(4) and local.identity(2) != local.identity(4)
     spread = PretrainConfig(**jobs.CONFIG | {"parallelism": "ddp", "microbatch": 3, "checkpoint_every": 7})
     assert spread.identity(1) == shared.identity(1)
+
+
+def test_the_run_id_of_fixed_settings_stays_as_it_is():
+    """A setting that is renamed, or whose default moves, would part old records from their commands."""
+    config = PretrainConfig(steps=10, length=64, buffer=8, seed=3)
+    assert schema.run_id("pretrain", config.identity(2), "0" * 64, "0" * 64) == "7b6a41707fc7"

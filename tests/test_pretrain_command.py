@@ -14,6 +14,7 @@ import psutil
 import pytest
 import shared_jobs as jobs
 import torch
+from shared_faults import write_pools
 from transformers import AutoModelForCausalLM
 
 from opus_bench.distributed import pretrain as training
@@ -125,16 +126,7 @@ def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method
 
 
 def test_two_processes_of_torchrun_train_as_one_process_does(qwen3, tmp_path):
-    pool = pytest.importorskip("opus_bench.pools.pool")
-    from opus_bench.pools.shards import write_shard
-
-    for name in ("pool", "proxies"):
-        tokens = np.random.default_rng(len(name)).integers(0, 50, 2_000).astype(np.uint16)
-        about = write_shard(tmp_path / name / "a" / "0.bin", tokens)
-        manifest = {"format": 1, "domains": {"a": {}}, "tokenizer": {"vocab_size": 50}, "sha256": f"{len(name):064x}",
-                    "shards": [{"file": "a/0.bin", "domain": "a", **about}]}
-        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
-    assert pool.ShardPool(tmp_path / "pool").sequence_count(12) > 0
+    write_pools(tmp_path)
     arguments = ["--model", str(qwen3), "--data", str(tmp_path / "pool"),
                  "--proxy", str(tmp_path / "proxies"), *SMALL]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reproduce.pretrain"]

@@ -3,10 +3,12 @@
 `python -m tests.faults` runs these tests and writes what it counted to docs/faults.md.
 """
 
+import os
 import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from fault_runs import kill_before_write, limit_files
@@ -72,6 +74,39 @@ def test_killed_at_moments_spread_over_the_run(inputs, whole, tmp_path, record_p
         assert all(code in (*SURVIVED, -signal.SIGKILL) for code in codes)
         recovered += resumed(group) == want
     note(record_property, trials, recovered)
+
+
+def kill_under_torchrun(group, rank, ready, moment):
+    """kill -9 of one process so many seconds after ``ready(what the terminal says)``; torchrun ends the others."""
+    launcher, children = group.torchrun(), []
+    try:
+        end = time.monotonic() + 120
+        while not ready(group.ranks[0].log.read_text()) or len(children) < group.size:
+            assert launcher.poll() is None and time.monotonic() < end, group.ranks[0].log.read_text()
+            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            time.sleep(0.005)
+        time.sleep(moment)
+        os.kill(int(children[rank]), signal.SIGKILL)
+        assert launcher.wait(60) == 1
+    finally:
+        launcher.terminate()
+        launcher.wait()
+    assert "Signal 9 (SIGKILL)" in group.ranks[0].log.read_text()
+    assert not [pid for pid in children if Path("/proc", pid).exists()] and not list(group.results.glob("runs/*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc")
+def test_killed_three_times_under_torchrun(inputs, whole, tmp_path, record_property):
+    """Before the processes have joined, after the first checkpoint, and on the way back from a checkpoint."""
+    draw, (want, seconds, _) = random.Random(3), whole["ddp"]
+    group, plan = Group(inputs, tmp_path / "results", "ddp"), "\nrun  "  # which a process prints before it joins
+    for rank, ready, span in ((0, lambda said: True, 2.0),
+                              (1, lambda said: plan in said and group.checkpoints, 0.2 * seconds),
+                              (0, lambda said: said.count(plan) == 2, 0.2 * seconds)):
+        kill_under_torchrun(group, rank, ready, span * draw.random())
+    assert group.checkpoints[0].name == "step-00000002"
+    assert group.torchrun().wait(120) == 0, group.ranks[0].said
+    note(record_property, 3, 3 * (group.outcome() == want))
 
 
 def test_killed_just_before_a_file_is_opened_named_or_deleted(inputs, whole, tmp_path, record_property, trials=10):

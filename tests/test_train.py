@@ -8,6 +8,7 @@ import torch
 
 from baselines import NAMES, build_selector
 from baselines.random import Random
+from opus_bench import schema
 from opus_bench.checkpoint import read_whole, remove_checkpoints
 from opus_bench.model import OpusGPT2, OpusGPT2Config
 from opus_bench.selector import ARMS
@@ -237,3 +238,9 @@ def test_a_checkpoint_and_the_one_before_are_all_that_is_left(corpus, tmp_path):
     assert [read_whole(p)["progress"]["step"] for p in sorted(tmp_path.iterdir())] == [6, 4]
     remove_checkpoints(tmp_path / "checkpoint.pt")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_run_id_of_fixed_settings_stays_as_it_is():
+    """A setting that is renamed, or whose default moves, would part old records from their commands."""
+    config = dataclasses.asdict(RunConfig("opus", {"arm": "paper"}, seed=3))
+    assert schema.run_id("table3", config, "0" * 64, "0" * 64) == "4c44e943b272"

@@ -33,7 +33,8 @@ from opus_bench.distributed.checkpoint import newest_whole, read, write
 from opus_bench.distributed.state import ShardedMuon
 from opus_bench.distributed.weights import receiver
 from opus_bench.train import (
-    STEP_DIAGNOSTICS, Progress, build_optimizers, finite, named_step, note_selection, peak_bytes, set_schedule,
+    OPTIMIZERS, STEP_DIAGNOSTICS, Progress, StepSettings, build_optimizers, finite, named_step, note_selection, peak_bytes,
+    set_schedule,
 )
 
 HOW = ("parallelism", "checkpointing", "microbatch", "checkpoint_every")  # leave the numbers as they are, to rounding
@@ -48,7 +49,7 @@ class Pool(Protocol):
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(StepSettings):
     """Settings of a run; sizes are those of all processes together.  Presets of the paper: reproduce/presets.py."""
 
     steps: int  # optimizer updates
@@ -77,34 +78,14 @@ class PretrainConfig:
     checkpoint_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        if not 0 < self.selection_ratio <= 1:
-            raise ValueError(f"selection_ratio must be in (0, 1], got {self.selection_ratio}")
-        if self.selected_size < 1:
-            raise ValueError(f"selection_ratio {self.selection_ratio} of a buffer of {self.buffer} selects nothing; "
-                             "raise either")
-        for name, known in (("optimizer", ("adamw", "muon")), ("precision", ("float32", "bfloat16")),
-                            ("parallelism", PARALLELISM)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("steps", "length", "buffer", "proxy_size", "proxy_length", "validation_every",
-                     "validation_sequences", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check({"optimizer": OPTIMIZERS, "precision": ("float32", "bfloat16"), "parallelism": PARALLELISM},
+                   ("steps", "length", "buffer", "proxy_size", "proxy_length", "validation_every",
+                    "validation_sequences", "checkpoint_every"))
         if self.microbatch is not None and self.microbatch < 1:
             raise ValueError(f"microbatch must be at least 1 sequence, got {self.microbatch}")
         for name in ("warmup", "cooldown"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share in [0, 1], got {getattr(self, name)}")
-
-    @property
-    def selected_size(self) -> int:
-        """Sequences trained on per step, rho N."""
-        return round(self.selection_ratio * self.buffer)
-
-    @property
-    def update_tokens(self) -> int:
-        """Tokens trained on in the whole run."""
-        return self.steps * self.selected_size * self.length
 
     def identity(self, processes: int) -> dict[str, Any]:
         """What determines the numbers, as plain values: all but HOW, and the processes where selection is local."""

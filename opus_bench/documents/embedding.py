@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from opus_bench.archives import MODELS, fetch, file_sha256, members
+from opus_bench.errors import first_line
 
 ARCTIC = "Snowflake/snowflake-arctic-embed-l-v2.0"
 NAMES = {"arctic": ARCTIC, "minilm": MODELS["minilm"].pin}
@@ -62,7 +63,7 @@ class SentenceTransformerEncoder:
         try:
             self.model = SentenceTransformer(name, device=device, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load encoder {name} ({_first_line(error)}); give a folder that holds it, "
+            raise ValueError(f"cannot load encoder {name} ({first_line(error)}); give a folder that holds it, "
                              "or minilm, which needs no hub") from error
         if max_tokens is not None:
             self.model.max_seq_length = max_tokens
@@ -149,7 +150,3 @@ def model_identity(name: str) -> str:
         digests = [f"{p.relative_to(path)} {file_sha256(p)}\n" for p in sorted(path.rglob("*")) if p.is_file()]
         return f"{path.name} {hashlib.sha256(''.join(digests).encode()).hexdigest()[:12]}"
     return NAMES.get(name, name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

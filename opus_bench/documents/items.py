@@ -24,6 +24,7 @@ from typing import Any, Literal
 from lm_eval.tasks import TaskManager
 
 from opus_bench.archives import file_sha256
+from opus_bench.errors import first_line
 from opus_bench.evaluation.evaluate import TEMPLATES
 from opus_bench.evaluation.paper_suite import PAPER_TASKS
 from opus_bench.documents.scored import gumbel
@@ -67,8 +68,8 @@ def task_items(
         try:
             loaded = manager.load([wanted])["tasks"]
         except Exception as error:  # lm-eval and datasets raise anything for a task out of reach
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"benchmark {wanted} cannot be loaded ({reason}); give local items instead") from error
+            raise ValueError(f"benchmark {wanted} cannot be loaded ({first_line(error)}); give local items "
+                             "instead") from error
         for name, task in loaded.items():
             chosen = _split(name, task, split)
             documents = list({"train": task.training_docs, "validation": task.validation_docs,

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from opus_bench.documents.embedding import Encoder
 from opus_bench.documents.items import Items
 from opus_bench.documents.scored import Rule
+from opus_bench.errors import first_line
 
 TOKENS = 30_000_000
 """Tokens of the paper's proxy pool."""
@@ -94,8 +95,7 @@ def token_counter(tokenizer: str) -> Callable[[list[str]], list[int]]:
         else:
             loaded = AutoTokenizer.from_pretrained(tokenizer)
     except Exception as error:  # the hub's client and the parsers of a tokenizer raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load tokenizer {tokenizer} ({reason}); give --tokenizer FILE or FOLDER, or "
-                         "--token-field with the column that holds the number of tokens") from error
+        raise ValueError(f"cannot load tokenizer {tokenizer} ({first_line(error)}); give --tokenizer FILE or FOLDER, "
+                         "or --token-field with the column that holds the number of tokens") from error
     loaded.model_max_length = 10**12  # texts are counted, not fed to a model; no warning
     return lambda texts: [len(ids) for ids in loaded(texts, add_special_tokens=False)["input_ids"]]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opus_bench.archives import file_sha256
+from opus_bench.errors import first_line
 from opus_bench.evaluation.evaluate import TEMPLATES
 from opus_bench.evaluation.paper_tasks import SUITES, PaperTask
 
@@ -208,8 +209,3 @@ def gold_option(task: Any, doc: dict) -> int:
     """The index of the right option, from whichever field of the task holds it."""
     target: Any = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     return task.doc_to_choice(doc).index(target) if isinstance(target, str) else int(target)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opus_bench.errors import first_line
 from opus_bench.evaluation.evaluate import loglikelihoods, quiet, run_tasks, undisturbed
 from opus_bench.hashing import canonical, text_sha256
-from opus_bench.evaluation.paper_items import CannotLoad, Loader, count_note, describe, first_line, gold_option
+from opus_bench.evaluation.paper_items import CannotLoad, Loader, count_note, describe, gold_option
 from opus_bench.evaluation.paper_tasks import PAPER_TASKS, PaperTask
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ Item counts name the splits. The paper's counts (Section "evaluation") against t
                           the questions of four options only, explains both: that rule is applied here
 
 That the paper used OpenCompass is an inference from these counts, the names AX-b and AX-g and the rule of the lowest
-mean negative log-likelihood; the paper does not say so. OpenCompass takes the mean over all tokens, the question
-included; the rule here is over the option's tokens, as lm-eval conditions on the question. The two agree for options
-of equal length, and how often otherwise is not known. No count above is taken on trust: each run compares its own
-with the paper's and says so in the row.
+mean negative log-likelihood; the paper does not say so, nor over which tokens it takes the mean. The rule here is over
+the option's tokens, as lm-eval conditions on the question. A mean over the question's tokens too would choose the same
+among options of equal length, and how often otherwise is not known. No count above is taken on trust: each run compares
+its own with the paper's and says so in the row.
 """
 
 from __future__ import annotations

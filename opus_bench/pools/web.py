@@ -22,6 +22,7 @@ from typing import Any
 import fsspec
 
 from opus_bench.archives import CorpusError, file_sha256
+from opus_bench.errors import first_line
 
 PARQUET, LINES = (".parquet",), (".jsonl", ".json")
 PACKED = ("", ".gz", ".zst")
@@ -170,7 +171,7 @@ def _hub_files(source: Source, digest: bool) -> tuple[str, list[dict[str, Any]]]
                                          repo_type="dataset")
         files = [entry for entry in entries if isinstance(entry, RepoFile) and _kind(entry.path)]
     except Exception as error:
-        raise CorpusError(f"source {source.name}: cannot list {source.place} ({_first_line(error)}); look at the name, "
+        raise CorpusError(f"source {source.name}: cannot list {source.place} ({_cause(error)}); look at the name, "
                           "--subset and --revision, and whether the corpus asks for a login") from error
     return commit, [
         {"name": file.path, "url": f"hf://datasets/{place['repo']}@{commit}/{file.path}", "bytes": file.size,
@@ -216,7 +217,7 @@ def read_batches(url: str, columns: Sequence[str], start: int = 0) -> Iterator[l
     except (CorpusError, GeneratorExit):
         raise
     except Exception as error:
-        raise CorpusError(f"cannot read {url} ({_first_line(error)})") from error
+        raise CorpusError(f"cannot read {url} ({_cause(error)})") from error
 
 
 def count_rows(url: str, size: int) -> int | None:
@@ -236,5 +237,5 @@ def count_rows(url: str, size: int) -> int | None:
     return round(size * len(lines) / max(1, sum(map(len, lines))))
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:300]
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
