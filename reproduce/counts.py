@@ -36,13 +36,30 @@ class Shape:
     feed_forward: int | None = None  # None: four times the width
     kv_width: int | None = None  # None: the width; less with grouped queries
     gated: bool = False  # an MLP of three matrices instead of two
+    query_width: int | None = None  # of all heads together; None: the width
+    tied: bool = True  # the head is the embedding
+
+    @property
+    def queries(self) -> int:
+        """Width of the queries, and of what the heads give."""
+        return self.width if self.query_width is None else self.query_width
+
+    @property
+    def keys(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.width if self.kv_width is None else self.kv_width
+
+    @property
+    def inner(self) -> int:
+        """Width inside the MLP."""
+        return 4 * self.width if self.feed_forward is None else self.feed_forward
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
         """(outputs, inputs) of every matrix of one block: what is scored."""
-        d, kv = self.width, self.width if self.kv_width is None else self.kv_width
-        inner = 4 * d if self.feed_forward is None else self.feed_forward
-        return (d, d), (kv, d), (kv, d), (d, d), *[(inner, d)] * (1 + self.gated), (d, inner)
+        d, inner = self.width, self.inner
+        attention = [(self.queries, d), (self.keys, d), (self.keys, d), (d, self.queries)]
+        return *attention, *[(inner, d)] * (1 + self.gated), (d, inner)
 
     @property
     def block_parameters(self) -> int:
@@ -62,7 +79,8 @@ SHAPES = (
     XL,
     replace(XL, name="GPT-2 XL, N 64", candidates=64, selected=32),
     replace(XL, name="GPT-2 XL, M 16", source="paper, but for M", proxies=16),
-    Shape("Qwen3-8B", "paper", 36, 4096, 151936, 4096, 16, 8, 8, 512, feed_forward=12288, kv_width=1024, gated=True),
+    Shape("Qwen3-8B", "paper", 36, 4096, 151936, 4096, 16, 8, 8, 512, feed_forward=12288, kv_width=1024, gated=True,
+          tied=False),
     Shape("A", "benchmark", 6, 384, 4096, 512, 16, 8, 4, 128),
 )
 
@@ -75,9 +93,11 @@ def token_ratio(shape: Shape) -> float:
 def attention_flops(shape: Shape, n: int, t: int, causal: bool = False) -> int:
     """Products of queries with keys and of weights with values, forward: 4 n t^2 d a layer, the full square.
 
+    d is here the width of the queries.
+
     The full square is what torch's counter counts; ``causal``: the half that a causal kernel needs.
     """
-    return (2 if causal else 4) * n * t * t * shape.width * shape.layers
+    return (2 if causal else 4) * n * t * t * shape.queries * shape.layers
 
 
 def matrix_flops(shape: Shape, n: int, t: int) -> int:
@@ -98,7 +118,7 @@ def activation_flops(shape: Shape, n: int, t: int, causal: bool = False) -> int:
     """Backward to activations, down to the embedding: 2 n t (P_blocks + P_head) + 8 n t^2 d layers.
 
     Exactness: equals torch's counter where the embedding's output needs a gradient.  Where only outputs of linear
-        layers do, the first block's q, k and v need no gradient of their input: 2 n t d (d + 2 d_kv) fewer.
+        layers do, the first block's q, k and v need no gradient of their input: 2 n t d (d_q + 2 d_kv) fewer.
         Fused attention computes its products with keys again, 2 n t^2 d a layer, which is not counted.
     """
     return matrix_flops(shape, n, t) + 2 * attention_flops(shape, n, t, causal)

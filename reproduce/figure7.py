@@ -65,7 +65,8 @@ def shape_of(record: dict) -> Shape:
         vocabulary = 50304 if record["scale"] in GPU_SCALES else SCALES[record["scale"]].corpus.vocab_size
         base = Shape(c["model"], record["scale"], layers, width, vocabulary, 1, 1, 1, 1, 1)
     return Shape(c["model"], record["scale"], layers, width, vocabulary, c["length"], c["buffer"], c["proxy_size"],
-                 selected, c.get("window") or c["length"], base.feed_forward, base.kv_width, base.gated)
+                 selected, c.get("window") or c["length"], base.feed_forward, base.kv_width, base.gated,
+                 base.query_width, base.tied)
 
 
 def step_flops(record: dict) -> tuple[float, float]:

@@ -145,9 +145,9 @@ def selection_share(run: PaperRun, rates: Rates) -> float:
 
 
 def parameters(run: PaperRun) -> int:
-    """Weights: block matrices and embedding, and a head of its own for Qwen3."""
+    """Weights: block matrices and embedding, and the head where it is not the embedding."""
     shape = run.setting.shape
-    return shape.block_parameters + shape.head_parameters * (2 if shape.gated else 1)
+    return shape.block_parameters + shape.head_parameters * (1 if shape.tied else 2)
 
 
 def encoders(runs: Sequence[PaperRun]) -> dict[tuple[str, str], float]:
@@ -252,7 +252,7 @@ def derivation(run: PaperRun) -> str:
     attention = training_flops(run) - matrices
     each = attention / tokens
     return (f"{run.setting.title}: 6 (P_blocks + P_head) D + 6 L d layers D = 6 x ({s.block_parameters / 1e9:.3f}e9 + "
-            f"{s.head_parameters / 1e9:.3f}e9) x {tokens / 1e9:.2f}e9 + 6 x {s.length:,} x {s.width:,} x {s.layers} x "
+            f"{s.head_parameters / 1e9:.3f}e9) x {tokens / 1e9:.2f}e9 + 6 x {s.length:,} x {s.queries:,} x {s.layers} x "
             f"{tokens / 1e9:.2f}e9 = {matrices:.3g} + {attention:.3g} ({each / 1e9:.2f}e9 a token, causal half)")
 
 

@@ -244,21 +244,21 @@ def call(command: list[str], accepted: tuple[int, ...] = (0,)) -> None:
 
 
 def grid(experiment: str, item: str, options: argparse.Namespace, lines: Callable[[Setting], Iterable[Line]],
-         settings: Sequence[Setting], optimizers: Sequence[str] = ("muon",)) -> list[PaperRun]:
+         settings: Sequence[Setting], optimizers: Sequence[str] = ("muon",), small: Setting = GPT2) -> list[PaperRun]:
     """The runs of a table: by setting and optimizer, seeds outermost.
 
-    At scale small one setting, GPT-2 of 124 M parameters, stands for the paper's, with three seeds instead of one.
+    At scale small one setting, ``small``, stands for the paper's, with Muon and three seeds instead of one.
 
     Raises:
         ValueError: --paper-tasks, which these scales always evaluate.
     """
     if options.paper_tasks:
         raise ValueError(f"--paper-tasks: scale {options.scale} evaluates the paper's tasks always; leave it out")
-    small = options.scale == "small"
+    is_small = options.scale == "small"
     made = []
-    for setting in (GPT2,) if small else settings:
-        for optimizer in options.optimizers or (("muon",) if small else optimizers):
-            for seed in range(options.seeds or (3 if small else 1)):
+    for setting in (small,) if is_small else settings:
+        for optimizer in options.optimizers or (("muon",) if is_small else optimizers):
+            for seed in range(options.seeds or (3 if is_small else 1)):
                 for line in lines(setting):
                     pool = POOLS_OF[options.scale][line.pool]
                     if line.static is not None:

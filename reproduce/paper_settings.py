@@ -15,7 +15,7 @@ from .scales import Scale
 
 SKETCH_WIDTH = 8192  # m [paper]
 QWEN = next(shape for shape in SHAPES if shape.name == "Qwen3-8B")
-BILLION = 10**9
+MILLION, BILLION = 10**6, 10**9
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,18 @@ QWEN3_8B = Setting(
                 "the rate after warm-up is constant; the paper's decay is not known",
                 "eps 1e-8 and clip 1.0, as for GPT-2; the paper's are not known",
                 "BF16 products on FP32 weights and optimizer state"))
+# 0.6 B of Qwen3, whose heads together are wider than it [its config.json]; all runs: 5 H100 hours, counted
+QWEN3_SMALL = replace(
+    QWEN3_8B, model="Qwen/Qwen3-0.6B-Base", preset="Qwen/Qwen3-0.6B-Base", tokenizer="Qwen/Qwen3-0.6B-Base",
+    title="Qwen3-0.6B-Base",
+    shape=replace(QWEN, name="Qwen3-0.6B", source="small scale", layers=28, width=1024, feed_forward=3072,
+                  query_width=2048, tied=True),
+    update_tokens=90 * MILLION, evaluate_every=30 * MILLION, gpus=1,
+    deviations=("Qwen3-0.6B-Base on 90 million tokens instead of Qwen3-8B-Base on 1.5 billion", *QWEN3_8B.deviations))
 QWEN3_CI = replace(
     QWEN3_8B, model="qwen3-ci", preset="qwen3-ci", tokenizer="qwen3-ci", title="Qwen3 of two layers",
     shape=Shape("Qwen3", "ci scale", layers=2, width=16, vocabulary=300, length=32, candidates=4, proxies=4, selected=2,
-                window=16, feed_forward=24, kv_width=8, gated=True),
+                window=16, feed_forward=24, kv_width=8, gated=True, tied=False),
     update_tokens=256, evaluate_every=128, evaluations=2, adam_lr=1e-3, muon_lr=1e-2, precision="float32", gpus=1,
     made_here=True, deviations=("a few steps of a toy model on words in a random order",))
 # the 124 M model on one GPU: about 20 tokens a parameter, windows of an eighth of a sequence, rates of GPT-2 Large
@@ -118,7 +126,8 @@ EDU = Pool("fineweb-edu-3-5", "fineweb-edu", "default", 60 * BILLION, (3, 4, 5))
 SCIENCEPEDIA = Pool("sciencepedia", "sciencepedia", None, 3 * BILLION)  # 3B [paper]
 POOLS = {pool.name: pool for pool in (FINEWEB, EDU_3, EDU_4_5, EDU, SCIENCEPEDIA)}
 SMALL_POOLS = {"fineweb": replace(FINEWEB, subset="sample-10BT", tokens=10 * BILLION),
-               **{pool.name: replace(pool, tokens=5 * BILLION) for pool in (EDU_3, EDU_4_5, EDU)}}
+               **{pool.name: replace(pool, tokens=5 * BILLION) for pool in (EDU_3, EDU_4_5, EDU)},
+               "sciencepedia": replace(SCIENCEPEDIA, tokens=200 * MILLION)}
 CI_POOLS = {SCIENCEPEDIA.name: Pool("words", "words", None, 4_000)}  # of reproduce.stand_ins
 POOLS_OF = {"ci": CI_POOLS, "small": SMALL_POOLS, "paper": POOLS}  # by scale
 PROXY_TOKENS = 30_000_000  # [paper]

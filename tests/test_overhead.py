@@ -24,6 +24,7 @@ from reproduce.counts import ESTIMATORS, LARGE, SHAPES, XL, Shape, flop_ratio, k
 
 TINY = Shape("tiny", "test", 2, 64, 128, 32, candidates=4, proxies=3, selected=2, window=16)
 GROUPED = Shape("grouped", "test", 2, 64, 128, 32, 4, 3, 2, 16, feed_forward=96, kv_width=32, gated=True)
+WIDER = replace(GROUPED, name="wider heads", query_width=128)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,7 +44,7 @@ def model_of(shape):
     if shape is TINY:
         return OpusGPT2(OpusGPT2Config(128, 2, 64, 2, 64))
     config = Qwen3Config(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
-                         num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa")
+                         num_attention_heads=shape.queries // 16, num_key_value_heads=2, attn_implementation="sdpa")
     return Qwen3ForCausalLM(config)
 
 
@@ -54,7 +55,7 @@ def embedded(model):
     return found
 
 
-@pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [TINY, GROUPED, WIDER], ids=lambda s: s.name)
 def test_parameters_are_those_of_the_model(shape):
     model = model_of(shape)
     matrices = {k: p.numel() for k, p in model.named_parameters() if p.ndim == 2}
@@ -63,20 +64,20 @@ def test_parameters_are_those_of_the_model(shape):
     assert shape.head_parameters == model.get_output_embeddings().weight.numel()
 
 
-@pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [TINY, GROUPED, WIDER], ids=lambda s: s.name)
 def test_forward_is_that_of_torchs_counter(shape):
     flops, _ = counted(lambda: model_of(shape)(input_ids=tokens(2, 32)))
     assert flops == counts.forward_flops(shape, 2, 32)
 
 
-@pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [TINY, GROUPED, WIDER], ids=lambda s: s.name)
 def test_training_step_is_that_of_torchs_counter(shape):
     batch, model = tokens(shape.selected, shape.length), model_of(shape)
     flops, _ = counted(lambda: model(input_ids=batch, labels=batch).loss.backward())
     assert flops == counts.training_flops(shape)
 
 
-@pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [TINY, GROUPED, WIDER], ids=lambda s: s.name)
 def test_backward_to_activations_is_that_of_torchs_counter(shape):
     batch, model = tokens(2, 32), model_of(shape).requires_grad_(False)
     model.get_input_embeddings().weight.requires_grad_()

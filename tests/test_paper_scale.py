@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_overhead import GROUPED, TINY, model_of
+from test_overhead import GROUPED, TINY, WIDER, model_of
 from test_report import record_of
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opus_bench import results, schema
 from reproduce import (ablations, counts, domain_loss, figure1, figure5_6, paper_checks, paper_commands, paper_cost,
@@ -26,7 +27,7 @@ from reproduce import (ablations, counts, domain_loss, figure1, figure5_6, paper
 from reproduce.comparison import REPORTED
 from reproduce.counts import LARGE, XL
 from reproduce.paper_cost import Rates, selection_flops, training_flops
-from reproduce.paper_settings import GPT2_LARGE, GPT2_XL, POOLS, SMALL_POOLS
+from reproduce.paper_settings import GPT2_LARGE, GPT2_XL, POOLS, QWEN3_8B, SMALL_POOLS
 
 TABLES = (table3, table4, table5, table6, table7, table8, figure1, figure5_6)
 NAMES = [script.__name__.rpartition(".")[2] for script in TABLES]
@@ -100,11 +101,50 @@ def test_small_is_one_model_on_one_gpu_with_three_seeds(script):
     assert all(run.pool.origin in SMALL_POOLS for run in runs)
 
 
+def test_small_continued_training_is_the_papers_with_a_smaller_model_and_less_text():
+    runs, paper = figure5_6.large_runs(options("small")), figure5_6.large_runs(options())
+    assert {(run.setting.model, run.setting.gpus, run.optimizer) for run in runs} == {("Qwen/Qwen3-0.6B-Base", 1, "muon")}
+    labels = [run.label for run in paper if run.optimizer == "muon"]
+    assert [(run.label, run.seed) for run in runs] == [(label, seed) for seed in range(3) for label in labels]
+    for run, model in zip(runs, [run for run in paper if run.optimizer == "muon"]):
+        changed = {name for name, value in model.fields.items() if run.fields[name] != value}
+        assert changed == {"model", "steps", "validation_every", "save_every"}
+        assert 90e6 <= run.update_tokens < 90e6 + 8 * 4096 and run.candidate_tokens <= run.pool.tokens == 200e6
+        assert [round(step * 8 * 4096 / 1e6) for step in run.kept_steps] == [30, 60, 90]
+        assert run.setting.deviations[0].startswith("Qwen3-0.6B-Base on 90 million tokens instead of Qwen3-8B-Base")
+        assert run.setting.validation_length == run.fields["length"]
+    rates = Rates(None, 0.4, 1)
+    hours = sum(rates.seconds(training_flops(run) + selection_flops(run), "bfloat16") for run in runs) / 3600
+    assert 4 < hours < 24  # as the module says
+
+
+@pytest.mark.parametrize("runs_of,sizes", [
+    ("small", dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                   tie_word_embeddings=True)),
+    ("paper", dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+                   tie_word_embeddings=False))])
+def test_weights_of_qwen3_are_those_of_the_model(runs_of, sizes):
+    """All but the vectors of norms, which are no matrices; sizes as in the models' config.json."""
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=151936, num_key_value_heads=8, head_dim=128, **sizes))
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    run = figure5_6.large_runs(options(runs_of))[0]
+    assert paper_cost.parameters(run) == weights
+    assert run.setting.shape.block_parameters == sum(
+        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name)
+
+
+def test_a_hub_id_that_is_no_presets_takes_the_settings_of_qwen3():
+    words = ["--model", "Qwen/Qwen3-0.6B-Base", "--data", "a", "--proxy", "b", "--method", "random"]
+    plan = pretrain_plan.settle(pretrain_plan.parser("").parse_args(words))
+    assert plan.where == "Qwen/Qwen3-0.6B-Base"
+    assert (plan.config.length, plan.config.muon_lr, plan.config.weight_decay) == (4096, 1e-5, 0.01)
+    assert plan.deviations[0] == f"model Qwen3-0.6B-Base instead of {QWEN3_8B.model}"
+
+
 def test_what_these_scales_cannot_do_is_refused():
     with pytest.raises(ValueError, match="--paper-tasks: scale paper evaluates"):
         table3.large_runs(options(paper_tasks=True))
-    with pytest.raises(ValueError, match="figure5_6 has no scale small"):
-        figure5_6.large_runs(options("small"))
     with pytest.raises(ValueError, match="not run: figure5_6 has no scale smoke"):
         figure5_6.runs(options("smoke"))
     with pytest.raises(ValueError, match="unknown model 'gpt3'; this item has gpt2-large, gpt2-xl"):
@@ -172,7 +212,7 @@ def test_options_of_opus_change_its_count():
     assert whole == counts.forward_flops(XL, 32, 6144)
 
 
-@pytest.mark.parametrize("shape", [TINY, GROUPED], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [TINY, GROUPED, WIDER], ids=lambda shape: shape.name)
 def test_matrices_are_those_of_the_model(shape):
     blocks = [p for k, p in model_of(shape).named_parameters() if p.ndim == 2 and ("blocks." in k or "layers." in k)]
     assert sorted(shape.matrices * shape.layers) == sorted(tuple(p.shape) for p in blocks)
@@ -286,7 +326,7 @@ def launch(script, scale, folder, *arguments):
     return runner.main(script.runs, script.__doc__, script.write, script.large_runs)
 
 
-PLANS = [*((script, "paper") for script in TABLES), (table3, "small"), (ablations, "small")]
+PLANS = [*((script, "paper") for script in TABLES), (table3, "small"), (ablations, "small"), (figure5_6, "small")]
 
 
 @pytest.mark.parametrize("script,scale", PLANS, ids=lambda x: getattr(x, "__name__", x).rpartition(".")[2])

@@ -125,6 +125,22 @@ def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method
     assert code == 2 and "its model is not in" in err and not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.parametrize("method", ["opus-paper", "opus-calibrated"])
+def test_a_qwen3_goes_on_whose_embedding_is_its_head_and_whose_heads_are_wider_than_it(call, tmp_path, method):
+    torch.manual_seed(0)
+    config = jobs.small_qwen3().config
+    config.num_attention_heads, config.tie_word_embeddings = 4, True  # 4 heads of 8 on a width of 16
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    code, _, err = call("--model", tmp_path / "tied", "--method", method, *SMALL, "--save", tmp_path / "first")
+    assert code == 0, err
+    code, _, err = call("--model", tmp_path / "first", "--method", method, *SMALL, "--save", tmp_path / "second")
+    assert code == 0, err
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("tied", "first", "second")]
+    assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in models)
+    for before, after in zip(models, models[1:]):
+        assert not any(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+
+
 def test_two_processes_of_torchrun_train_as_one_process_does(qwen3, tmp_path):
     write_pools(tmp_path)
     arguments = ["--model", str(qwen3), "--data", str(tmp_path / "pool"),
