@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from opus_bench.documents.files import replacing
+from opus_bench.files import replacing
 
 SHORTEST = 100  # words, the package's default
 BUCKETS, NGRAMS = 10_000, 2  # the package's defaults

@@ -30,7 +30,7 @@ from sklearn.linear_model import SGDClassifier
 from torch import Tensor
 
 from opus_bench.corpus import Corpus, CorpusError
-from opus_bench.documents.files import replacing
+from opus_bench.files import replacing
 from opus_bench.sampling import check_size
 from opus_bench.documents.scored import gumbel
 from opus_bench.selector import Selection, Stateless, TrainState

@@ -101,8 +101,8 @@ def where_time_goes(record: dict) -> str:
     return (f"- where the time goes: the proxy's fresh gradient alone takes {proxy:.2f} of a plain step in bfloat16, "
             f"two forwards of the candidates and moving the weights the other {rows[name] - proxy:.2f}. {scored:,} "
             f"tokens are scored for {shape['selected'] * shape['length']:,} trained on, and on this processor a "
-            f"bfloat16 pass is less than twice as fast as float32. A proxy gradient that serves several steps is cheaper; "
-            f"what that loses depends on the moment in training (the two tables below).")
+            f"bfloat16 pass is less than twice as fast as float32. A proxy gradient that serves several steps is "
+            f"cheaper; what that loses depends on the moment in training (the two tables below).")
 
 
 def linear_table(record: dict) -> str:

@@ -136,7 +136,8 @@ def _packages(scale: str, extras: Sequence[str] = ()) -> Check:
     try:
         wanted = requirements(extras)
     except importlib.metadata.PackageNotFoundError:
-        return Check(scale, "packages", f"{DISTRIBUTION} is not installed", "missing", "pip install . in the repository")
+        return Check(scale, "packages", f"{DISTRIBUTION} is not installed", "missing",
+                     "pip install . in the repository")
     lacks = [(name, bound, version) for name, bound in wanted
              if (version := _version(name)) is None or _numbers(version) < _numbers(bound)]
     found = f"{len(wanted) - len(lacks)} of {len(wanted)}"

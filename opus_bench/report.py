@@ -156,7 +156,8 @@ def exactness_block(results_dir: str | Path) -> str:
         return next(f"{row['alignment']:.0e}, {row['gram']:.0e}" for row in one["oracle"] if row["dtype"] == dtype)
 
     rows: dict[str, Callable[[dict], str]] = {
-        "factored against per-sample autograd, relative error of alignment and Gram, float64": lambda x: oracle(x, "float64"),
+        "factored against per-sample autograd, relative error of alignment and Gram, float64": lambda x: oracle(
+            x, "float64"),
         "the same, float32": lambda x: oracle(x, "float32"),
         f"sketch of width {WIDTH:,}: Spearman of U with exact U": lambda x: f"{sketch(x)['utility_spearman']:.4f}",
         "its variance, measured / stated (standard error)": lambda x: (
@@ -209,8 +210,8 @@ def page(sections: list[Section], experiment: str, reported: dict, drawn: Sequen
             f"`{MARK}` marks an interval that excludes no difference (0, or 1 for a share of tokens). Compared are "
             f"{compared}, methods of both optimizers: if none differed, one in twenty would be marked in each column. "
             f"`{HOLM_MARK}`, in the column of differences in loss: excluded also after Holm's correction over all "
-            "methods and optimizers of that scale. Every mark takes the differences of pairs to be normal: a test that assumes "
-            "symmetry alone has no p below .0625 with 5 seeds, .25 with 3 ([coverage](coverage.md)). "
+            "methods and optimizers of that scale. Every mark takes the differences of pairs to be normal: a test that "
+            "assumes symmetry alone has no p below .0625 with 5 seeds, .25 with 3 ([coverage](coverage.md)). "
             f"`{NONE}`: does not apply or was not measured."
         ),
     ]
@@ -232,6 +233,8 @@ def _section_page(section: Section, reported: dict, family: Sequence[Section]) -
     selection_notes = sorted({note for record in section.records for note in record["selection"]["notes"]})
     notes = [f"- {note}" for note in section.notes + selection_notes]
     parts = [f"### {name}: summary", tables.summary(section, reported, family), tables.power_line(section)]
+    parts += tables.odd_averages(reported, tables.paper_model(section), section.optimizer,
+                                 (row.paper_row for row in section.rows))
     parts += ["\n".join(notes)] if notes else []
     parts += [
         f"### {name}: offline tasks, accuracy in % (standard error over items)",

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from opus_bench.figures import OPTIMIZERS
 from opus_bench.schema import NOT_RUN
 from opus_bench.sections import (
+    BASE,
     FOREIGN,
     Row,
     Section,
@@ -147,6 +149,34 @@ def _paper_value(reported: dict, section: Section, method: str | None, benchmark
     return NONE if value is None else f"{value:.2f}"
 
 
+def odd_averages(reported: dict, model: str, optimizer: str, methods: Iterable[str | None]) -> list[str]:
+    """A sentence on each of the paper's printed means that its ten cells, however rounded, do not have.
+
+    Two numbers of two decimals that are rounded from one may differ by 0.01; `reproduce.audit` looks at all tables.
+    """
+    def both(method: str | None) -> tuple[float, float] | None:
+        found = [reported.get(("3", model, optimizer.lower(), PAPER_CORPUS, method, name))
+                 for name in ("Avg", *PAPER_TASKS)]
+        return None if None in found else (found[0], math.fsum(found[1:]) / len(PAPER_TASKS))
+
+    said, random = [], both(BASE)
+    for method in dict.fromkeys(methods):
+        means = both(method)
+        if means and random and abs(means[0] - means[1]) > 0.01 + 1e-9:
+            printed, cells = means
+            said.append(f"The paper prints {printed:.2f} as the mean of {method} under {model}, "
+                        f"{OPTIMIZERS.get(optimizer.lower(), optimizer)}; its own ten cells average {cells:.2f}, which "
+                        f"is {cells - random[1]:+.2f} against Random's, not {printed - random[0]:+.2f}.")
+    return said
+
+
+def suite_title(section: Section) -> str:
+    """The offline suite's column, with its items."""
+    items = sorted({row["n_samples"] for record in section.records for row in record["evals"]
+                    if row["task"] == MEAN_ACCURACY and row.get("value") is not None})
+    return "offline suite (%)" + (f", n = {' or '.join(f'{n:,}' for n in items)} items" if items else "")
+
+
 def _paired_differences(section: Section, value: Callable) -> dict[str, list[float]]:
     """Label -> differences to the base by seed, for the rows that have enough of them for an interval."""
     if section.base is None:
@@ -198,7 +228,7 @@ def summary(section: Section, reported: dict, family: Sequence[Section] | None =
         f"validation loss on {target} (nat/token)",
         "difference to Random (nat/token)",
         "update tokens to Random's final loss (share of Random's)",
-        "offline suite (%)",
+        suite_title(section),
         "difference to Random (points)",
         "select / train time",
         "effective sample size (share of buffer)",
@@ -241,7 +271,7 @@ def brief(section: Section, reported: dict) -> str:
         f"loss on {target} (nat/token)",
         "difference to Random",
         "update tokens to Random's final loss, share",
-        "offline suite (%)",
+        suite_title(section),
         "select / train time",
         "effective sample size, share",
         f"the paper's mean (%), {paper_model(section)}",
@@ -348,7 +378,8 @@ def _ours(row: Row | None, task: str) -> str:
     items = [item for record in row.records.values() for item in record["evals"] if _paper_task(item["task"]) == task]
     values = [item["value"] for item in items if item.get("value") is not None]
     if values:
-        other = sorted({item["n_samples"] for item in items if item.get("n_paper") not in (None, item.get("n_samples"))})
+        other = sorted({item["n_samples"] for item in items
+                        if item.get("n_paper") not in (None, item.get("n_samples"))})
         return mean(values, 2, 100) + (f" ({', '.join(map(str, other))} items, not the paper's)" if other else "")
     status = next((item["status"] for item in items), f"{NOT_RUN}not in the records")
     return status if len(status) <= REASON_LENGTH else status[: REASON_LENGTH - 1] + "…"

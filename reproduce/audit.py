@@ -141,9 +141,9 @@ def of_comparisons(family: Sequence[Comparison]) -> str:
             f"answers are independent{listed}, {said[DEPENDS]} do or do not depending on how many answers differ, "
             f"{said[WITHIN]} do not under any pairing, and in {said[BELOW]} OPUS is not above. Without correction "
             f"{sum(c.unpaired_p <= ALPHA for c in above)} exceed it with independent answers. With benchmarks as the "
-            f"sample (is its mean lead more than signs at random would give?) {sum(c.tasks_p <= ALPHA for c in above)} have p <= {ALPHA:.2f} "
-            f"without correction. With it so few benchmarks can hardly show anything: {floors}, and Holm asks for "
-            f"{ALPHA / len(family):.4f} of the first of {len(family)}.")
+            f"sample (is its mean lead more than signs at random would give?) {sum(c.tasks_p <= ALPHA for c in above)} "
+            f"have p <= {ALPHA:.2f} without correction. With it so few benchmarks can hardly show anything: {floors}, "
+            f"and Holm asks for {ALPHA / len(family):.4f} of the first of {len(family)}.")
 
 
 ASSUMPTIONS = """\

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opus_bench.files import replacing
 from opus_bench.gradients import sample_losses
 
 SEQUENCES = 64  # of a domain at most
@@ -87,9 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         losses = tqdm(domain_losses(model, tokenizer, options.text, options.length), desc="domains")
         found = {name: {"loss": loss, "sequences": n, "length": options.length} for name, loss, n in losses}
-        temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(temporary, options.out)
+        with replacing(options.out) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -18,8 +18,8 @@ from pathlib import Path
 from opus_bench import figures
 from opus_bench.report import scale_title
 from opus_bench.sections import Section, evaluated, loss_curve, time_ratio
-from opus_bench.tables import (FOREIGN, MEAN_ACCURACY, PAPER_CORPUS, markdown, mean, paper_cells, paper_model,
-                               token_share)
+from opus_bench.tables import (FOREIGN, MEAN_ACCURACY, PAPER_CORPUS, markdown, mean, odd_averages, paper_cells,
+                               paper_model, suite_title, token_share)
 
 from . import table3
 from .runner import main
@@ -39,7 +39,7 @@ runs, large_runs = table3.runs, table3.large_runs
 def section_page(section: Section) -> list[str]:
     """The headline numbers by method."""
     reported = paper_cells(REPORTED)
-    header = ["method", "n seeds", "mean accuracy, offline suite (%)", "difference to Random (points)",
+    header = ["method", "n seeds", f"mean accuracy, {suite_title(section)}", "difference to Random (points)",
               "update tokens to Random's final loss (share of its own)", "select / train time",
               f"the paper's mean (%), {paper_model(section)}", "the paper's points over its Random"]
     lines = []
@@ -50,14 +50,16 @@ def section_page(section: Section) -> list[str]:
         lines.append([row.label + FOREIGN * row.foreign, str(len(row.records)),
                       *cells(section, row, evaluated(MEAN_ACCURACY), 2, 100), token_share(row, section.base),
                       mean(row.values(time_ratio), 0, 100, " %"), *theirs])
-    return [markdown(header, lines)]
+    return [markdown(header, lines), *odd_averages(reported, paper_model(section), section.optimizer,
+                                                   (row.paper_row for row in section.rows))]
 
 
 def draw(sections: list[Section], path: Path) -> Path:
     """Accuracy at the end of every run, by method."""
+    labels = list(dict.fromkeys(row.label for section in sections for row in section.rows))  # one axis for all panels
+
     def panels(figure, axes) -> None:
         for axis, section in zip(axes[0], sections, strict=True):
-            labels = [row.label for row in section.rows]
             for row in section.rows:
                 colour = figures.look_of(row.label, labels)["color"]
                 points = [(loss_curve(record)[0][-1], evaluated(MEAN_ACCURACY)(record))
@@ -73,7 +75,7 @@ def draw(sections: list[Section], path: Path) -> Path:
         axes[0, 0].set_yticks(range(len(labels)), labels)
 
     note = "Dot: mean over seeds; ticks: the seeds. Accuracy is measured at the end of a run, so each run is one point."
-    size = (max(7.5, 3.2 + 3.6 * len(sections)), 1.9 + 0.26 * len(sections[0].rows))
+    size = (max(7.5, 3.2 + 3.6 * len(sections)), 1.9 + 0.26 * len(labels))
     heading = f"Mean accuracy at equal update tokens ({scale_title(sections[0].scale)})"
     return figures.draw_panels(path, heading, note, panels, columns=len(sections), size=size, sharey=True)
 

@@ -36,10 +36,10 @@ from .views import optimizer, page
 ABOUT = (
     "Selection does more work per update token, so a fair comparison is also one at equal time and at equal FLOPs. A "
     "static score of the whole pool, made once for all seeds, is in no column but its own. On CPU scales a window of "
-    "a fifth to a quarter of the sequence and a buffer of twice the batch make choosing dear; the shares at the paper's "
-    "sizes are in [overhead](overhead.md). Seconds are wall clock, one thread a run, on a machine that other work may "
-    "share: training, the same in all rows, takes longer in some for that alone, so equal time is in units of the run's "
-    "own training time."
+    "a fifth to a quarter of the sequence and a buffer of twice the batch make choosing dear; the shares at the "
+    "paper's sizes are in [overhead](overhead.md). Seconds are wall clock, one thread a run, on a machine that other "
+    "work may share: training, the same in all rows, takes longer in some for that alone, so equal time is in units of "
+    "the run's own training time."
 )
 runs, large_runs = table3.runs, table3.large_runs
 Cost = Callable[[dict], float]
@@ -100,8 +100,8 @@ def matched(row: Row, base: Row | None, cost: Cost) -> str:
 def section_page(section: Section) -> list[str]:
     """Cost by method, and differences to Random at equal tokens, time and FLOPs."""
     header = ["method", "n seeds", "train (s)", "select (s)", "scoring the pool, once (s)", "train (FLOPs)",
-              "select / train (FLOPs)", "at equal tokens: loss minus Random's (nat/token)", "at equal time, in units of the run's own training",
-              "at equal FLOPs"]
+              "select / train (FLOPs)", "at equal tokens: loss minus Random's (nat/token)",
+              "at equal time, in units of the run's own training", "at equal FLOPs"]
     lines = []
     for row in section.rows:
         first = next(iter(row.records.values()))
@@ -139,8 +139,8 @@ def draw(sections: list[Section], path: Path) -> Path:
 
     note = ("Line: mean over seeds; all lines have the same update tokens. Dotted: where Random ends; what lies left "
             "of it is had at equal cost.\nFLOPs by formula; evaluation and static scores of the pool are left out.")
-    return figures.draw_panels(path, f"Loss by time and by FLOPs ({scale_title(sections[0].scale)})", note, panels, rows=2,
-                               columns=len(sections), size=(max(7.5, 4.2 * len(sections)), 6.4), sharey=False)
+    return figures.draw_panels(path, f"Loss by time and by FLOPs ({scale_title(sections[0].scale)})", note, panels,
+                               rows=2, columns=len(sections), size=(max(7.5, 4.2 * len(sections)), 6.4), sharey=False)
 
 
 def write(results_dir: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What moves the order of the candidates?  Spearman lost to each source of noise or approximation, ranked.
 
     python -m reproduce.noise_budget --scale smoke   # both optimizers, two seeds; 2 CPU cores
+    python -m reproduce.noise_budget --scale smoke --seeds 1   # as results/ has it: half of that
     python -m reproduce.noise_budget --scale ci      # under a minute; exercises the code
 
 Writes results/tables/noise_budget.md and a figure: for the sketch, the proxy batch, the score window, the labels, the

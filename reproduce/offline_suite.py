@@ -57,7 +57,8 @@ def write(results_dir: Path) -> list[Path]:
         for r in chosen:
             cells = [_cell(row) for row in r["evals"] if row.get("chance") is not None]
             tokens = max(m["tokens_seen"] for m in r["metrics"])
-            rows.append([f"{tokens:,}", str(r["config"]["seed"]), *cells, f"[{r['run_id']}](../runs/{r['run_id']}.json)"])
+            rows.append([f"{tokens:,}", str(r["config"]["seed"]), *cells,
+                         f"[{r['run_id']}](../runs/{r['run_id']}.json)"])
         lines += ["", f"## Scale: {scale}", "", markdown(header, rows)]
     path = results_dir / "tables" / f"{EXPERIMENT}.md"
     path.parent.mkdir(parents=True, exist_ok=True)

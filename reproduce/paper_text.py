@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from opus_bench.files import replacing
 
 DOCUMENTS = 100_000  # of a file
 COLUMNS = ("id", "text", "token_count")
@@ -80,15 +81,13 @@ def _write(documents: list[dict[str, Any]], path: Path) -> None:
     import pyarrow.parquet
 
     if documents:
-        temporary = path.with_suffix(".tmp")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(documents), temporary, compression="zstd")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(documents), temporary, compression="zstd")
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -56,8 +56,8 @@ def runs(options: argparse.Namespace) -> list[Measurement]:
     size = scale.run["proxy_size"]
     settings = {**SETTINGS[options.scale], "window": scale.window, "sketch_width": scale.sketch_width,
                 "proxy_sizes": {arm: 4 * size if arm == "calibrated" else size for arm in ARMS}}
-    return measurements(options, EXPERIMENT, "opus_bench.validation.selection_entropy:measure", settings, units(settings),
-                SEEDS[options.scale], DEVIATIONS)
+    return measurements(options, EXPERIMENT, "opus_bench.validation.selection_entropy:measure", settings,
+                        units(settings), SEEDS[options.scale], DEVIATIONS)
 
 
 def pooled(records: Sequence[dict], step: int, arm: str) -> dict[tuple[str, float], dict[str, float]]:

@@ -67,14 +67,15 @@ def section_page(section: Section) -> list[str]:
     counts, seeds = [], sorted({len(row.records) for row in section.rows})
     for row in section.rows:
         if base is not None and row is not base:
-            less = sum(sum(ours) < sum(theirs) for ours, theirs in (pairs(row, base, evaluated(name)) for name in names))
+            by_domain = (pairs(row, base, evaluated(name)) for name in names)
+            less = sum(sum(ours) < sum(theirs) for ours, theirs in by_domain)
             counts.append(f"{row.label} {less}")
     return [
-        f"Bits per byte by domain, n = {' or '.join(map(str, seeds))} seeds (difference to Random ± half-width of its 95 % "
-        "interval):",
+        f"Bits per byte by domain, n = {' or '.join(map(str, seeds))} seeds (difference to Random ± half-width of its "
+        "95 % interval):",
         bits(section),
-        f"Of {len(names)} domains, mean over seeds below Random's: {', '.join(counts) or 'nothing to compare'}; a count, no test, "
-        "since domains are not independent.",
+        f"Of {len(names)} domains, mean over seeds below Random's: {', '.join(counts) or 'nothing to compare'}; a "
+        "count, no test, since domains are not independent.",
         *ours_and_papers(section, "6", (PAPER_CORPUS, EDU_NAME), DOMAINS, domain_loss, "nat/token",
                          "there is no text here with the paper's domains"),
     ]

@@ -271,7 +271,8 @@ def test_unconditional_checkpointing_is_scored_or_refused_by_name():
 def test_compiled_models_are_refused(architecture):
     with pytest.raises(ValueError, match="compiled.*plain model"):
         layer_names(torch.compile(architecture))
-    state = TrainState(torch.compile(architecture), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 0, tokens(2, 9))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    state = TrainState(torch.compile(architecture), optimizer, 0, tokens(2, 9))
     with pytest.raises(ValueError, match="compiled"):
         Opus.arm("calibrated").select(tokens(4, 9), 2, state, torch.Generator())
 

@@ -230,7 +230,8 @@ from reproduce.measurement import Measurement, page
 from reproduce.runner import main
 
 def runs(options):
-    return [Measurement("toy", "toy_measure:measure", RunConfig("random", model="ci", length=64, optimizer=optimizer, seed=seed),
+    return [Measurement("toy", "toy_measure:measure",
+                        RunConfig("random", model="ci", length=64, optimizer=optimizer, seed=seed),
                         {"value": float(seed)}, options.scale, 4)
             for optimizer in options.optimizers or ("adamw", "muon") for seed in range(options.seeds or 1)]
 

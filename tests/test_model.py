@@ -19,7 +19,8 @@ def by_hand(model, batch):
     angle = torch.arange(t)[:, None] * torch.tensor([1.0, 1 / 1024, 0, 0], dtype=torch.float64)
     for b in range(2):
         y = norm(x)
-        q, k, v = (F.linear(y, w[f"blocks.{b}.attention.{c}.weight"]).view(n, t, heads, 8).transpose(1, 2) for c in "qkv")
+        q, k, v = (F.linear(y, w[f"blocks.{b}.attention.{c}.weight"]).view(n, t, heads, 8).transpose(1, 2)
+                   for c in "qkv")
 
         def rotate(z):
             pair = torch.complex(z[..., :4], z[..., 4:]) * torch.exp(-1j * angle)

@@ -62,7 +62,8 @@ def test_every_function_the_readme_links_is_defined_there():
 
 @pytest.mark.parametrize("folder", ["opus_bench", "baselines", "reproduce", "tests"])
 def test_arrows_between_rooms_go_one_way(folder):
-    forbidden = {"opus_bench": ("baselines", "benchmarks", "reproduce"), "baselines": ("benchmarks", "reproduce")}.get(folder, ())
+    above = {"opus_bench": ("baselines", "benchmarks", "reproduce"), "baselines": ("benchmarks", "reproduce")}
+    forbidden = above.get(folder, ())
     for path in (ROOT / folder).rglob("*.py"):
         for name in forbidden:
             assert not re.search(rf"^\s*(from|import) {name}\b", path.read_text(), re.M), path

@@ -350,7 +350,8 @@ def test_fields_and_token_columns_are_the_named_ones(pool):
 def test_pools_that_are_none_are_refused(pool, tmp_path):
     (tmp_path / "empty").mkdir()
     for sources, words in (([tmp_path / "no"], "does not exist"), ([tmp_path / "empty"], "holds no file in .jsonl"),
-                           ([], "the pool is empty"), ([pool, pool / "a.jsonl"], "two files of the pool are named a.js"),
+                           ([], "the pool is empty"),
+                           ([pool, pool / "a.jsonl"], "two files of the pool are named a.js"),
                            ([__file__], "ends in none of")):
         with pytest.raises(ValueError, match=words):
             pool_files(sources)

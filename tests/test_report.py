@@ -207,6 +207,7 @@ def test_methods_are_in_order_and_extra_ones_come_last(tmp_path):
 
 LOSS, GAP = f"validation loss on {TARGET} (nat/token)", "difference to Random (nat/token)"
 TOKENS = "update tokens to Random's final loss (share of Random's)"
+SUITE = "offline suite (%), n = 1,000 items"
 PAPER = "the paper's own: mean of its ten tasks, GPT-2 XL, FineWeb (%)"
 
 
@@ -222,7 +223,7 @@ def test_the_summary_by_hand(tmp_path):
     # Linear curves: 3 p of Random's fall is reached where 3.12 p = 3.
     assert ours[TOKENS] == "0.962 [0.962, 0.962]*"
     assert high[TOKENS] == "not reached in 1,000,000 tokens"
-    assert random["offline suite (%)"] == "55.00" and ours["offline suite (%)"] == "67.00"
+    assert random[SUITE] == "55.00" and ours[SUITE] == "67.00"
     assert ours["difference to Random (points)"] == "+12.00 [+12.00, +12.00]*"
     assert random["select / train time"] == "0.0 %" and ours["select / train time"] == "25.0 %"
     assert ours["effective sample size (share of buffer)"] == "0.2500"
@@ -268,6 +269,18 @@ def test_the_papers_numbers_stand_beside_the_right_rows(page):
     assert adamw == {"Random": "40.36", "PPL high": "40.02", "static quality": "39.45", **low, **opus}
     assert (muon["Random"], muon["PPL high"], muon["static quality"]) == ("40.29", "39.82", "40.60")
     assert muon["OPUS paper"] == "41.75"
+
+
+def test_a_printed_mean_that_its_cells_do_not_have_is_said(page):
+    """By hand: the cells of PPL average 40.399, Random's 40.364, while 40.02 and 40.36 are printed."""
+    said = ("The paper prints 40.02 as the mean of PPL under GPT-2 XL, AdamW; its own ten cells average 40.40, which "
+            "is +0.04 against Random's, not -0.34.")
+    assert said in page.split("### Muon")[0] and page.count("The paper prints") == 1
+    reported = tables.paper_cells(REPORTED)
+    (other,) = tables.odd_averages(reported, "GPT-2 XL", "adamw", ["QuRating", "QuRating", "OPUS", "no such", None])
+    assert other.startswith("The paper prints 38.71 as the mean of QuRating") and "average 38.17, " in other
+    rounded = reported | {("3", "GPT-2 XL", "adamw", "FineWeb", "PPL", "Avg"): 40.40}
+    assert not tables.odd_averages(rounded, "GPT-2 XL", "adamw", ["PPL"])
 
 
 def test_the_ten_tasks_say_why_they_were_not_run(page):

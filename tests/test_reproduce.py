@@ -53,7 +53,8 @@ def test_the_table_has_every_method_with_its_scale_said(grid):
     records = load(folder / "runs")
     assert len(records) == 9 and {r["arm"] for r in records} == {None, "paper", "released", "calibrated"}
     table = (folder / "tables" / "table3.md").read_text()
-    for words in ("Random", "PPL (high)", "Static quality", "GREATS", "OPUS (calibrated)", "not run: no hub", "ci scale"):
+    for words in ("Random", "PPL (high)", "Static quality", "GREATS", "OPUS (calibrated)", "not run: no hub",
+                  "ci scale"):
         assert words in table or words.capitalize() in table, words
     assert "numbers mean nothing" in printed
     assert len(list((folder / "figures").glob("*.svg"))) == 3

@@ -111,7 +111,8 @@ def test_a_difference_in_the_upper_blocks_is_the_exact_alignment_of_these(proble
     exact = opus(estimator="exact", redundancy=0.0, layers=names)(problem, candidates, proxy)
     got = forward_difference(share, 1e-5, compiled=False)(problem, candidates, proxy)
     # bias of relative order step^2, rounding of losses of about 5 over a step: 5e-16 / 1e-5 of the alignment's size
-    torch.testing.assert_close(got.alignment, exact.alignment, rtol=1e-6, atol=1e-9 * float(exact.alignment.abs().max()))
+    size = float(exact.alignment.abs().max())
+    torch.testing.assert_close(got.alignment, exact.alignment, rtol=1e-6, atol=1e-9 * size)
 
 
 def test_every_estimator_leaves_the_state_as_it_was(problem, monkeypatch):
@@ -151,7 +152,8 @@ def test_shapes_are_those_of_the_models():
 
 def test_the_frontier_is_what_nothing_beats():
     rows = [{"estimator": name, "value": cost, "alignment": rank}
-            for name, cost, rank in (("a", 1.0, 0.9), ("b", 0.5, 0.5), ("c", 2.0, 0.9), ("d", 2.0, 0.99), ("e", 0.6, 0.4))]
+            for name, cost, rank in (("a", 1.0, 0.9), ("b", 0.5, 0.5), ("c", 2.0, 0.9), ("d", 2.0, 0.99),
+                                     ("e", 0.6, 0.4))]
     assert pages.frontier(rows) == ["b", "a", "d"]
 
 

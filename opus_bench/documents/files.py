@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,16 +154,3 @@ def _parquet(path: Path, fields: Fields) -> Iterator[dict[str, Any]]:
             wanted = file.schema_arrow.names  # for the message that names them
         for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
             yield from batch.to_pylist()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and else is gone."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -26,7 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from tqdm import tqdm
 
-from opus_bench.documents.files import Document, Fields, PoolFile, replacing
+from opus_bench.documents.files import Document, Fields, PoolFile
+from opus_bench.files import replacing
 
 SCHEMA = pa.schema([("id", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("tokens", pa.int64()),
                     ("score", pa.float64())])

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from opus_bench.files import replacing
 from opus_bench.hashing import canonical, text_sha256
 from opus_bench.schema import RecordError
 
@@ -40,16 +39,8 @@ def write_samples(path: Path, rows: Sequence[dict], samples: Sequence[dict], sec
     body = "".join(canonical(sample) + "\n" for sample in samples)
     header = {"rows": list(rows), "seconds": seconds, "n": len(samples), "sha256": text_sha256(body)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(gzip.compress(f"{canonical(header)}\n{body}".encode(), mtime=0))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress(f"{canonical(header)}\n{body}".encode(), mtime=0))
 
 
 def read_samples(path: Path) -> tuple[dict, list[dict]]:

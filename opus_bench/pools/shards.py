@@ -13,7 +13,6 @@ Source of the format: llm.c, dev/data/data_common.py.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from opus_bench.archives import CorpusError, file_sha256
+from opus_bench.files import replacing
 
 HEADER = 256
 """int32 numbers before the tokens."""
@@ -169,16 +169,8 @@ def json_bytes(content: Any) -> bytes:
 def write_whole(path: Path, *parts: Any) -> str:
     """Write bytes under a temporary name, then give them theirs; returns their sha256."""
     digest = hashlib.sha256()
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
     return digest.hexdigest()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from html import escape
 from pathlib import Path
 
 from opus_bench.figures import OPTIMIZERS
+from opus_bench.files import replacing
 from opus_bench.report import exactness_block
 from opus_bench.results import load
 from opus_bench.schema import ARXIV, NOT_RUN, RecordError
@@ -52,9 +52,8 @@ def write(results_dir: str | Path, reported_csv: str | Path) -> Path:
     if len(text.encode()) > LARGEST:
         raise RecordError(f"{path} would have {len(text.encode()):,} bytes, more than {LARGEST:,}; "
                           "draw figures of fewer points or split a page")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 

@@ -15,7 +15,7 @@ from opus_bench.schema import NOT_RUN
 from opus_bench.sections import Row, Section, arrange, final_loss, pairs
 from opus_bench.site.markup import Place, RunSets, table
 from opus_bench.statistics import paired_interval
-from opus_bench.tables import NONE, PAPER_CORPUS, PAPER_MODEL, difference, markdown
+from opus_bench.tables import NONE, PAPER_CORPUS, PAPER_MODEL, difference, markdown, odd_averages
 
 EXPERIMENT = "table3"
 ENDS = {
@@ -47,6 +47,8 @@ def summary(loaded: Sequence[dict], reported: dict, sets: RunSets) -> str:
         chosen = [section for section in sections if section.scale == scale]
         mine = [record for section in chosen for record in section.records]
         parts.append(table(_verdicts(chosen, reported), Place(scale), mine, records, sets, f"Summary, {scale} scale"))
+        parts += [f"<p>{escape(said)}</p>" for section in chosen for said in odd_averages(
+            reported, PAPER_MODEL, section.optimizer, (row.paper_row for row in section.rows))]
     hours = math.fsum(record["timing"]["wall_s"] for record in loaded) / 3600
     versions = {record["code"]["version"] for record in loaded}
     stats = ((len(loaded), "run records"), (f"{hours:.1f} h", "of computing"), (len(versions), "versions of code"),
