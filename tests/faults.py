@@ -180,7 +180,9 @@ NOTES = """## What is meant
   sketched scores) and DDP (AdamW, exact scores). Every file of their checkpoint has its SHA-256 in the checkpoint's
   last file, and all are compared before it is used. A process whose group lost one ends at its next message; one that
   waits for a process that has not joined yet ends by the launcher's SIGTERM. The tests start the processes as
-  torchrun does, in one row torchrun does it. All must see the same folder.
+  torchrun does, in one row torchrun does it. All must see the same folder. All train on what process 0 chose, so
+  scores whose last bits differ from GPU to GPU end no run; a process that is offered other candidates than process 0
+  does, with one error that names it.
 - **Out of memory.** Exact alignment, sketch and central difference are computed over again with half the microbatch,
   and the size that fitted is part of the selector's state. Utilities of two sizes differ by rounding, so such a run is
   replayed bit for bit by giving `microbatch` that size; the record's notes say which. The exact Gram, the measured

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opus_bench.ghost import contract, ghost_inner_product, row_chunks, rows
+from opus_bench.ghost import contract, ghost_inner_product, row_chunks, row_slice, rows
 from opus_bench.gradients import (capture, curvature, exact_per_sample_grads, layer_names,
                                   mean_gradient, parameter_names, sample_losses)
 
@@ -55,6 +55,11 @@ def test_ghost_contraction_and_chunks_equal_dense_algebra(model):
         torch.testing.assert_close(contract(gradient, matrix), (dense * matrix).sum((1, 2)), **EXACT)
         chunks = torch.cat([part for _, part in row_chunks(gradient, elements=100)], 1)
         torch.testing.assert_close(chunks, dense, **EXACT)
+        for start, stop in ((0, dense.shape[1]), (dense.shape[1] // 3, dense.shape[1] // 2 + 1)):
+            part = row_slice(gradient, start, stop)
+            torch.testing.assert_close(rows(part, 0, part.shape[0]), dense[:, start:stop], **EXACT)
+            torch.testing.assert_close(contract(part, matrix[start:stop]),
+                                       (dense * matrix)[:, start:stop].sum((1, 2)), **EXACT)
         if len(gradient.uses) == 1:
             got = ghost_inner_product(gradient.uses[0], y[name].uses[0])
             torch.testing.assert_close(got, torch.einsum("noi,moi->nm", dense, other), **EXACT)
