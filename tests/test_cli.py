@@ -230,7 +230,7 @@ def test_doctor_exits_1_when_a_scale_that_was_asked_about_cannot_run(machine, mo
     assert doctored(capsys, tmp_path, "--scale", "ci", "cpu")[0] == 0
     assert doctored(capsys, tmp_path, "--scale", "cpu", "small")[0] == 1
     code, text, verdict = doctored(capsys, tmp_path, "--scale", "paper")
-    assert code == 1 and list(verdict) == ["paper"] and "0, 8 of 33 GB needed" in text
+    assert code == 1 and list(verdict) == ["paper"] and "0, 8 of 48 GB needed" in text
     monkeypatch.setitem(doctor.NEEDS, "cpu", doctor.Need(disk=1e9, memory=1e9))
     code, text, verdict = doctored(capsys, tmp_path)
     assert code == 0 and verdict["cpu"] == "lacks memory, disk" and verdict["ci"] == "ready"
@@ -266,9 +266,9 @@ def test_doctor_names_an_index_out_of_reach(machine, monkeypatch, tmp_path, caps
 
 
 @pytest.mark.parametrize("count,size,verdict,found", [
-    (8, 80e9, "lacks hub", "8 of 80 GB, 8 of 33 GB needed"),
-    (7, 80e9, "lacks GPUs, hub", "7 of 80 GB, 8 of 33 GB needed"),
-    (8, 16e9, "lacks GPUs, hub", "8 of 16 GB, 8 of 33 GB needed"),
+    (8, 80e9, "lacks hub", "8 of 80 GB, 8 of 48 GB needed"),
+    (7, 80e9, "lacks GPUs, hub", "7 of 80 GB, 8 of 48 GB needed"),
+    (8, 16e9, "lacks GPUs, hub", "8 of 16 GB, 8 of 48 GB needed"),
 ])
 def test_doctor_counts_gpus_and_their_memory(count, size, verdict, found, machine, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
