@@ -10,8 +10,11 @@ process scores its share of the candidates; with ppl and greats every process sc
 model (safetensors) takes the settings of qwen3-8b; gpt2, tiny and ci, sizes of the paper's architecture, those of
 gpt2-large.
 
-Killed at any moment, the same command goes on from the last checkpoint, also on another number of processes.  A run
-whose record lies in RESULTS/runs is done.  Exit codes: 0; 2 after one line about bad input; 130 on ctrl-C.
+Killed at any moment, the same command goes on from the last checkpoint, also on another number of processes; given
+while the run is at work, it waits for its end.  A run whose record lies in RESULTS/runs is done.  Process 0 alone reads
+the model, into the memory of its machine; the others receive their weights.
+
+Exit codes: 0; 2 after one line about bad input; 130 on ctrl-C.
 """
 
 from __future__ import annotations
