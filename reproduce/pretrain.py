@@ -9,9 +9,12 @@ POOL, PROXY and VALIDATION are folders of token shards with a manifest.json.  Th
 scores its share of the candidates, and all train on what process 0 chose by everybody's scores.  A folder with a model
 (safetensors) takes the settings of qwen3-8b; gpt2, tiny and ci, sizes of the paper's architecture, those of gpt2-large.
 
-Killed at any moment, the same command goes on from the last checkpoint, also on another number of processes.  A run
-whose record lies in RESULTS/runs is done; its checkpoints are then removed, but with --keep-checkpoints.  Exit codes:
-0; 2 after one line about bad input; 130 on ctrl-C.
+Killed at any moment, the same command goes on from the last checkpoint, also on another number of processes; given
+while the run is at work, it waits for its end.  A run whose record lies in RESULTS/runs is done; its checkpoints are
+then removed, but with --keep-checkpoints.  Process 0 alone reads the model, into the memory of its machine; the others
+receive their weights.
+
+Exit codes: 0; 2 after one line about bad input; 130 on ctrl-C.
 """
 
 from __future__ import annotations

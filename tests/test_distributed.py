@@ -180,6 +180,24 @@ def test_weights_that_cannot_be_read_end_every_process(of):
     assert [found["unreadable"] for found in of(2)] == ["no such file on process 0"] * 2
 
 
+def test_an_outline_receives_all_that_a_module_holds():
+    class Small(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.frozen = torch.nn.Parameter(torch.rand(2), requires_grad=False)
+            self.register_buffer("table", torch.rand(4), persistent=False)
+            self.kept, self.register = torch.rand(5), self.table  # plain, and another name of a buffer
+
+    whole, world = Small(), World(0, 1, torch.device("cpu"))
+    with torch.device("meta"):
+        outline = Small()
+    receiver(outline, lambda: whole, world)(outline)
+    for name in ("weight", "bias", "frozen", "table", "kept"):
+        got, want = getattr(outline, name), getattr(whole, name)
+        assert torch.equal(got, want) and got.requires_grad == want.requires_grad
+    assert outline.register is outline.table and "table" not in outline.state_dict()
+
+
 def test_an_outline_refuses_weights_of_another_model():
     world = World(0, 1, torch.device("cpu"))
     assert receiver(jobs.small("qwen3"), None, world) is None

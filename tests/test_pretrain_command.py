@@ -55,7 +55,9 @@ class CountedPool(jobs.FakePool):
 @pytest.fixture
 def qwen3(tmp_path):
     torch.manual_seed(0)
-    jobs.small_qwen3().save_pretrained(tmp_path / "qwen3")
+    model = jobs.small_qwen3()
+    model.generation_config.update(do_sample=True, temperature=0.6)
+    model.save_pretrained(tmp_path / "qwen3")
     return tmp_path / "qwen3"
 
 
@@ -117,6 +119,7 @@ def test_a_qwen3_trains_and_its_record_is_complete(call, qwen3, tmp_path, method
     assert timing["wall_s"] > timing["train_s"] + timing["select_s"] + timing["eval_s"]
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     before = AutoModelForCausalLM.from_pretrained(qwen3)
+    assert trained.generation_config.temperature == before.generation_config.temperature == 0.6
     moved = [not torch.equal(p, q) for p, q in zip(trained.parameters(), before.parameters())]
     assert all(moved)
     code, out, _ = call(*arguments)
