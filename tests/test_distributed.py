@@ -71,7 +71,7 @@ def all_jobs(size):
     found["few"] = (jobs.utilities, (jobs.arm("calibrated"), "adamw", "fsdp2", "paper", size - 1))
     if size == 2:
         found["disagree"] = (jobs.disagree, ())
-        found["starved"] = (jobs.starved, ("ddp", 1, {}))
+        found["starved"] = (jobs.starved, ("ddp", 1, {"optimizer": "muon"}))
         rest = ("paper", None, None, torch.float32)
         found["float32"] = (jobs.train, ({}, jobs.arm("calibrated"), *rest))
         narrow = jobs.arm("calibrated", scoring_dtype="bfloat16")
@@ -261,7 +261,8 @@ def test_processes_that_disagree_stop(of):
 
 
 def test_a_process_that_runs_out_of_memory_scores_in_smaller_parts_with_the_same_result(of):
-    want = plain_run({}, ("calibrated", {}), "paper")
+    """It does alone again what it does alone, not P_t, which all processes make together."""
+    want = plain_run({"optimizer": "muon"}, ("calibrated", {}), "paper")
     for found in of(2):
         compare(found["starved"], want)
         assert found["starved"]["notes"] == [
