@@ -8,11 +8,11 @@ import pytest
 import shared_jobs as jobs
 import torch
 from processes import results
-from torch.utils.flop_counter import FlopCounterMode
 from torch.optim._muon import _zeropower_via_newtonschulz
+from torch.utils.flop_counter import FlopCounterMode
 
-from opus_bench.distributed.state import ShardedMuon, newton_schulz_flops, shared_work
-from opus_bench.preconditioner import inner_flops, left_flops
+from opus_bench.distributed.state import ShardedMuon, direction_flops, newton_schulz_flops, shared_work
+from opus_bench.preconditioner import inner_flops
 
 SIZES = (1, 2, 4)
 
@@ -48,9 +48,8 @@ def test_every_process_computes_its_share_and_all_have_one_processs_result(of, s
     """Eleven matrices, some of fewer rows than processes, one without a gradient and so without momentum."""
     everyone = [found[f"muon_divided {sharded}"] for found in of(size)]
     moved = [shape for k, shape in enumerate(jobs.SHAPES) if k != jobs.SILENT]
-    # one process's calls stand beside the reference's own, which are of another module
     check_shares([found["stepped"] for found in everyone], lambda o, i: newton_schulz_flops(o, i, 1), moved)
-    check_shares([found["directed"] for found in everyone], lambda o, i: inner_flops(o, i) + left_flops(o, i, i), moved)
+    check_shares([found["directed"] for found in everyone], lambda *o_i: direction_flops(torch.empty(o_i)), moved)
     check_shares([found["built"] for found in everyone], inner_flops, moved)  # once, though asked for twice
     held = sum(min(shape) ** 2 for shape in moved)
     for found in everyone:
@@ -109,3 +108,12 @@ def test_one_process_steps_as_torchs_muon_without_a_group():
     for x, y in zip(ours, plain):
         if y.grad is not None:
             assert torch.equal(optimizers[0].state[x]["momentum_buffer"], optimizers[1].state[y]["momentum_buffer"])
+
+
+def test_the_step_leaves_a_bfloat16_momentum_as_it_is():
+    """Newton-Schulz divides what it is given in place, which without Nesterov is the momentum itself."""
+    p = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
+    optimizer = ShardedMuon([p], momentum=0.5, nesterov=False)
+    p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.ones_like(p))

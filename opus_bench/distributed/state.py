@@ -1,10 +1,10 @@
-"""Muon on many processes: its P_t and its step, each matrix's by one of them, over state that may lie in shards (FSDP2).
+"""Muon on many processes: its P_t and its step, each matrix's by one of them, over state that may lie in shards.
 
 Both are chains of products of whole matrices, far dearer than what the rest of the step does with a weight, so they
 are divided: ``shared_work`` deals matrices out by falling cost, the owner of one computes, and what it found is sent
-to the others, hence the same bit for bit.  Where weights are sharded, rows of inputs are sent to the owner and rows of
-the result back, no process but the owner holding a matrix whole; where every process has all weights (DDP) only the
-result is sent.  One process owns all matrices and sends nothing.
+to the others, hence the same bit for bit.  Where weights are sharded (FSDP2), rows of inputs are sent to the owner and
+rows of the result back, no process but the owner holding a matrix whole; where every process has all weights (DDP)
+only the result is sent.  One process owns all matrices and sends nothing.
 
 torch.optim.Muon takes DTensors as they are, but then runs each of its five bfloat16 products over shards: several
 gathers an iteration, and sums in another order, which five steps of Newton-Schulz amplify to some percent of an
@@ -124,9 +124,7 @@ class LivePreconditioners(Mapping[str, Preconditioner]):
         def keep(name: str, direction: Tensor | None, owner: int) -> None:
             found[name] = from_owner(direction, owner, found[name], found[name].dtype)
 
-        costs = {name: inner_flops(*g.shape) + left_flops(*g.shape, g.shape[1])
-                 for name, g in found.items() if name in divided}
-        shared_work(costs, gathered, compute, keep)
+        shared_work({name: direction_flops(g) for name, g in found.items() if name in divided}, gathered, compute, keep)
         return found
 
 
@@ -139,6 +137,12 @@ def inner_from(inner: Tensor | None, owner: int, momentum: Tensor) -> Float[Tens
     """The owner's ``muon_inner`` of a momentum on every process."""
     side = min(momentum.shape)
     return broadcast(inner, owner, (side, side), torch.promote_types(momentum.dtype, torch.float32), momentum.device)
+
+
+def direction_flops(g: Float[Tensor, "o i"]) -> int:
+    """Of Muon's P_t made and applied to g: 6 o i^2 + 2 i^3 where o > i, else 4 o^2 i + 2 o^3."""
+    o, i = g.shape
+    return inner_flops(o, i) + left_flops(o, i, i)
 
 
 def newton_schulz_flops(o: int, i: int, steps: int) -> int:
@@ -177,8 +181,8 @@ def shared_work(
     order = sorted(costs, key=costs.__getitem__, reverse=True)
     for start in range(0, len(order), size):
         turn = order[start : start + size]
-        mine = [gathered(key, owner) for owner, key in enumerate(turn)][rank : rank + 1]
-        results = [compute(turn[rank], inputs) for inputs in mine if inputs is not None]
+        everyones = [gathered(key, owner) for owner, key in enumerate(turn)]
+        results = [compute(turn[rank], mine) for mine in everyones if mine is not None]
         for owner, key in enumerate(turn):
             keep(key, results[0] if owner == rank else None, owner)
 
@@ -274,8 +278,8 @@ class ShardedMuon(torch.optim.Muon):
             p.mul_(1 - rate * group["weight_decay"])
             p.add_(step.to(p.dtype), alpha=-_adjust_lr(rate, group["adjust_lr_fn"], p.shape))
 
-        shared_work({k: newton_schulz_flops(*p.shape, group["ns_steps"]) for k, (p, group) in todo.items()},
-                    gathered, compute, keep)
+        costs = {k: newton_schulz_flops(p.shape[0], p.shape[1], group["ns_steps"]) for k, (p, group) in todo.items()}
+        shared_work(costs, gathered, compute, keep)
         return loss
 
     def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
