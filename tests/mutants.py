@@ -30,7 +30,7 @@ MUTANTS = [
     ("reproduce/pretrain.py", 'key=lambda path: path.name == "config.json"', 'key=lambda path: path.name != "config.json"', "config.json, which says that a model is whole, comes first", "pretrain_command"),
     ("reproduce/pretrain_plan.py", "selector_options |= options.selector_options", "pass", "knobs of --selector-options left out", "paper_scale"),
     ("baselines/greats.py", "shared_mean_gradient(state.model, proxy, names, self.world))", "shared_mean_gradient(state.model, proxy[self.world.share(len(proxy))[0]], names, self.world))", "proxy gradient of a share of the proxy", "greats"),
-    ("reproduce/paper_scale.py", 'items = data / "items-words" if here else None', "items = None", "stand-in evaluated on the hub's items", "figure5_6_ci"),
+    ("reproduce/paper_scale.py", 'items = commands.items_of(self.pool.source, data) if here else None', "items = None", "stand-in evaluated on the hub's items", "figure5_6_ci"),
     ("opus_bench/selector.py", 'if self.sampling == "boltzmann" and (self.temperature is None) == (self.effective_share is None):', "if False:", "two temperatures, or none, accepted", "pretrain_command"),
     ("opus_bench/evaluation/samples.py", 'body.split("\\n") if line', "body.splitlines() if line", "U+2028 ends a line", "paper_suite"),
     ("opus_bench/evaluation/items.py", 'text.split("\\n") if line', "text.splitlines() if line", "U+2028 ends a line", "items"),
