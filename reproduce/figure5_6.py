@@ -34,7 +34,7 @@ import numpy as np
 
 from opus_bench import figures
 from opus_bench.results import load
-from opus_bench.report import scale_title
+from opus_bench.report import caution, scale_title
 from opus_bench.schema import NOT_RUN, RecordError
 from opus_bench.sections import Row, Section, arrange
 from opus_bench.tables import NONE, markdown, mean
@@ -169,8 +169,11 @@ def write(results_dir: Path) -> list[Path]:
     for section in sections:
         path = Path(results_dir) / "figures" / f"{EXPERIMENT}_{section.scale}_{section.optimizer}.svg"
         drawn.append(draw(section, path))
-        parts += [f"## {optimizer(section)}, {section.scale} scale", f"![accuracy](../figures/{path.name})",
-                  table(section)]
+        first, *others = section.records
+        shared = [text for text in first["deviations"] if all(text in record["deviations"] for record in others)]
+        parts += [f"## {optimizer(section)}, {section.scale} scale", *caution(section.scale),
+                  f"![accuracy](../figures/{path.name})", table(section),
+                  "Deviations from the paper: " + "; ".join(shared) + "."]
     path = Path(results_dir) / "tables" / f"{EXPERIMENT}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8", newline="\n")

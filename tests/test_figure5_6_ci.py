@@ -146,6 +146,7 @@ def test_the_smoke_scale_trains_a_model_and_goes_on_from_it(started, tmp_path, m
         assert record["config"]["base"]["steps"] == 4
     assert records[0]["final"] != records[1]["final"]
     page = (tmp_path / "results" / "tables" / "figure5_6.md").read_text()
+    assert "**Smoke scale: checks the pipeline" in page and f"paper: {QWEN3_SMOKE.deviations[0]}; " in page
     random = next(record for record in records if record["method"] == "Random")
     cells = [f"{losses(random)[at]:.4f}" for at in (0, 2, 4, 6)]
     assert f"| Random | {' | '.join(cells)} |" in page and "| OPUS (paper) | mean_accuracy | " in page
