@@ -80,10 +80,15 @@ def shards(source: str, place: Path | None, out: Path, tokens: int, tokenizer: s
     return Step(f"{tokens:,} tokens of {source}", command, out / "manifest.json")
 
 
-def stand_ins(data: Path) -> Step:
-    """Model, text and items of the scale ci."""
-    command = [sys.executable, "-m", "reproduce.stand_ins", "--out", str(data)]
-    return Step("a model, text and items that stand for the real ones", command, data / "items-words" / "done.json")
+def stand_ins(kind: str, data: Path) -> Step:
+    """Model, text and items of the scales ci (words) and smoke (science)."""
+    command = [sys.executable, "-m", "reproduce.stand_ins", "--kind", kind, "--out", str(data)]
+    return Step("a model, text and items that stand for the real ones", command, items_of(kind, data) / "done.json")
+
+
+def items_of(kind: str, data: Path) -> Path:
+    """The folder of the items that are made here."""
+    return data / f"items-{kind}"
 
 
 def place_of(name: str, made_here: bool, data: Path) -> str:

@@ -16,8 +16,9 @@ from .paper_scale import PaperRun, call, preparation
 from .scales import SCALES
 
 NOTES = {
-    "ci": SCALES["ci"].note,
-    "small": "small scale: GPT-2 of 124 M parameters, or Qwen3 of 0.6 B, on one GPU; a trend at best, not the paper's claim.",
+    **{name: SCALES[name].note for name in ("ci", "smoke")},
+    "small": "small scale: GPT-2 of 124 M parameters, or Qwen3 of 0.6 B, on one GPU; a trend at best, not the "
+             "paper's claim.",
     "paper": "paper scale: the paper's models and tokens; deviations that its text leaves open are in every record.",
 }
 

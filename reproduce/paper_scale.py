@@ -15,7 +15,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from opus_bench import hashing, provenance, results, schema
 
 from . import paper_commands as commands
 from .paper_rows import Line
-from .paper_settings import GPT2, POOLS_OF, PROXY_TOKENS, REPOSITORIES, SCORERS, Pool, Setting, static_pool
 from .presets import checkpoint_every
+from .paper_settings import GENERAL, GPT2, POOLS_OF, PROXY_TOKENS, REPOSITORIES, SCORERS, Pool, Setting, static_pool
 from .training import locked
 
 GPU_SCALES = ("small", "paper")
+HELD_OUT = "held-out"  # proxy of text that is made here
 DOMAIN_LOSSES = "domain_losses.json"  # in the work folder of a run
 
 
@@ -85,14 +86,23 @@ class PaperRun:
     @property
     def proxy(self) -> str:
         """The pool that its proxies come from."""
-        return f"{'standard' if self.line.config.get('proxy') == 'pool' else 'bench'}-proxy-{self.pool.origin}"
+        kind = {None: "bench", "pool": "standard", HELD_OUT: HELD_OUT}[self.line.config.get("proxy")]
+        return f"{kind}-proxy-{self.pool.origin}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """The config of its record: with its text, all that determines the numbers but the code."""
         window = self.line.options.get("window")
         return {**self.fields, "window": window, "pool": self.pool.name, "proxy": self.proxy,
-                "setting": self.setting.title, "suites": list(self.setting.suites)}
+                "setting": self.setting.title, "suites": list(self.setting.suites),
+                **({"base": self.base.fields} if self.base else {})}
+
+    @property
+    def base(self) -> PaperRun | None:
+        """The training that makes the model here, one for all runs; None: it is there."""
+        if self.setting.base is None:
+            return None
+        return replace(self, line=Line("Random"), setting=self.setting.base, pool=GENERAL, seed=0)
 
     @property
     def spec_sha256(self) -> str:
@@ -136,7 +146,7 @@ class PaperRun:
         """(step, suite) -> the command that evaluates the model of that step."""
         work, here = self.work(results_dir), self.setting.made_here
         tokenizer = commands.place_of(self.setting.tokenizer, here, data)
-        items = data / "items-words" if here else None
+        items = commands.items_of(self.pool.source, data) if here else None
         names = {step: commands.MODEL if step == self.fields["steps"] else f"{commands.MODEL}-{step}"
                  for step in self.kept_steps}
         return {(step, suite): commands.evaluate(suite, work / name, tokenizer, evaluated(work, step, suite), items)
@@ -280,7 +290,7 @@ def whole_pools(runs: Sequence[PaperRun]) -> list[Pool]:
 def preparation(runs: Sequence[PaperRun], data: Path) -> list[commands.Step]:
     """The commands that make every pool of the runs, in an order in which each finds what it needs."""
     pools, scores, here = data / "pools", data / "scores", runs[0].setting.made_here
-    steps: list[commands.Step] = [commands.stand_ins(data)] if here else []
+    steps: list[commands.Step] = [commands.stand_ins(runs[0].pool.source, data)] if here else []
 
     def chosen(name: str, tokens: int, tokenizer: str) -> commands.Step:
         return commands.shards(name, scores / name / "chosen.jsonl", pools / name, tokens, tokenizer)
@@ -298,6 +308,9 @@ def preparation(runs: Sequence[PaperRun], data: Path) -> list[commands.Step]:
             steps.append(commands.shards(held_out, data / "text" / held_out, pools / held_out, held_tokens, tokenizer))
         steps.append(commands.shards(pool.name, text, pools / pool.name, pool.tokens, tokenizer))
         for name in dict.fromkeys([*([] if here else [bench]), *(run.proxy for run in mine)]):
+            if name.startswith(HELD_OUT):
+                steps.append(commands.shards(name, data / "text" / name, pools / name, proxy_tokens, tokenizer))
+                continue
             tasks = commands.ITEM_TASKS if pool.source in REPOSITORIES else commands.CPT_TASKS
             steps.append(commands.proxy(name.partition("-")[0], text, scores / name, proxy_tokens, tokenizer, tasks))
             steps.append(chosen(name, proxy_tokens, tokenizer))
@@ -305,4 +318,20 @@ def preparation(runs: Sequence[PaperRun], data: Path) -> list[commands.Step]:
             steps.append(commands.score(str(best.static), text, best.tokens, scores / best.name,
                                         scores / bench / "chosen.jsonl"))
             steps.append(chosen(best.name, best.tokens, tokenizer))
+        if mine[0].base:
+            text = commands.text_of(GENERAL, data)
+            steps += [commands.shards(GENERAL.name, text, pools / GENERAL.name, GENERAL.tokens, tokenizer),
+                      base_model(mine[0], data)]
     return list({step.made: step for step in steps}.values())
+
+
+def base_model(run: PaperRun, data: Path) -> commands.Step:
+    """The training of the model that a run goes on from, by the same program; its record is in <data>/base/runs."""
+    assert run.base is not None
+    out, pools = Path(commands.place_of(run.setting.model, True, data)), data / "pools"
+    places = {"data": pools / GENERAL.name, "proxy": pools / run.proxy, "results": data / "base", "save": out,
+              "validation": pools / f"validation-{run.pool.source}"}
+    untrained = commands.place_of(run.base.setting.model, True, data)
+    command = commands.pretrain(untrained, run.base.fields, run.base.line.selector, {}, places, 1)
+    return commands.Step(f"a model trained on {run.base.update_tokens:,} tokens of {GENERAL.name} text", command,
+                         out / "config.json")

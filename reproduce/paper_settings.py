@@ -44,6 +44,7 @@ class Setting:
     evaluate_every: int | None = None  # update tokens between models that are kept and evaluated; None: the last alone
     deviations: tuple[str, ...] = ()
     made_here: bool = False  # model, tokenizer, text and items are of reproduce.stand_ins
+    base: Setting | None = None  # of the training on `GENERAL` that makes the model here; None: nothing comes before
 
     @property
     def from_hub(self) -> bool:
@@ -92,6 +93,24 @@ QWEN3_CI = replace(
                 window=16, feed_forward=24, kv_width=8, gated=True, tied=False),
     update_tokens=256, evaluate_every=128, evaluations=2, adam_lr=1e-3, muon_lr=1e-2, precision="float32", gpus=1,
     made_here=True, deviations=("a few steps of a toy model on words in a random order",))
+# a model of 0.58 M parameters that is first trained here, then goes on; rates of the second a quarter of the first
+QWEN3_SMOKE_BASE = replace(
+    QWEN3_CI, model="qwen3-smoke-untrained", preset="qwen3-smoke-untrained", tokenizer="qwen3-smoke",
+    title="Qwen3 of four layers",
+    shape=Shape("Qwen3", "smoke scale", layers=4, width=96, vocabulary=2048, length=192, candidates=8, proxies=8,
+                selected=8, window=48, feed_forward=256, kv_width=24, gated=True),
+    update_tokens=600 * 8 * 192, evaluate_every=None, evaluations=6, adam_lr=4e-3, muon_lr=2e-2, weight_decay=0.0,
+    deviations=())
+QWEN3_SMOKE = replace(
+    QWEN3_SMOKE_BASE, model="qwen3-smoke", preset="qwen3-smoke", base=QWEN3_SMOKE_BASE,
+    shape=replace(QWEN3_SMOKE_BASE.shape, candidates=16), update_tokens=180 * 8 * 192, evaluate_every=60 * 8 * 192,
+    evaluations=6, adam_lr=1e-3, muon_lr=5e-3, weight_decay=0.01, suites=("offline",),
+    deviations=(
+        "a Qwen3 of 0.58 M parameters, trained here on 0.9 million tokens of general text, instead of Qwen3-8B-Base",
+        "openings of encyclopedia articles on the sciences, and documentation of mathematics software, instead of "
+        "SciencePedia; 0.28 million tokens instead of 1.5 billion",
+        "proxy drawn from held-out openings instead of BENCH-PROXY retrieval",
+        "items made of held-out openings instead of OlympicArena and SciAssess"))
 # the 124 M model on one GPU: about 20 tokens a parameter, windows of an eighth of a sequence, rates of GPT-2 Large
 GPT2 = Setting(
     "gpt2", "gpt2", "GPT-2 (124M)", Shape("GPT-2", "small scale", 12, 768, 50304, 2048, 64, 8, 32, 256),
@@ -128,8 +147,10 @@ POOLS = {pool.name: pool for pool in (FINEWEB, EDU_3, EDU_4_5, EDU, SCIENCEPEDIA
 SMALL_POOLS = {"fineweb": replace(FINEWEB, subset="sample-10BT", tokens=10 * BILLION),
                **{pool.name: replace(pool, tokens=5 * BILLION) for pool in (EDU_3, EDU_4_5, EDU)},
                "sciencepedia": replace(SCIENCEPEDIA, tokens=200 * MILLION)}
-CI_POOLS = {SCIENCEPEDIA.name: Pool("words", "words", None, 4_000)}  # of reproduce.stand_ins
-POOLS_OF = {"ci": CI_POOLS, "small": SMALL_POOLS, "paper": POOLS}  # by scale
+CI_POOLS = {SCIENCEPEDIA.name: Pool("words", "words", None, 4_000)}  # of reproduce.stand_ins, as the next two
+SMOKE_POOLS = {SCIENCEPEDIA.name: Pool("science", "science", None, MILLION)}
+GENERAL = Pool("general", "general", None, 3 * MILLION)  # what a model made here is trained on before
+POOLS_OF = {"ci": CI_POOLS, "smoke": SMOKE_POOLS, "small": SMALL_POOLS, "paper": POOLS}  # by scale
 PROXY_TOKENS = 30_000_000  # [paper]
 
 

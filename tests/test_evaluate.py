@@ -320,7 +320,7 @@ def test_the_command_keeps_every_item_of_the_offline_suite(pieces, suite, tmp_pa
     model = tiny_gpt2(pieces).eval()
     model.save_pretrained(tmp_path / "model")
     pieces.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(model_evaluation, "offline_suite", lambda: suite)
+    monkeypatch.setattr(model_evaluation, "offline_suite", lambda folder: suite)
     settings = EvaluationSettings(str(tmp_path / "model"), "offline", batch_size=64)
     record = model_evaluation.evaluate_model(settings, tmp_path / "runs")
     assert record["evals"] == evaluate(model, pieces, suite, batch_size=64)

@@ -145,8 +145,6 @@ def test_a_hub_id_that_is_no_presets_takes_the_settings_of_qwen3():
 def test_what_these_scales_cannot_do_is_refused():
     with pytest.raises(ValueError, match="--paper-tasks: scale paper evaluates"):
         table3.large_runs(options(paper_tasks=True))
-    with pytest.raises(ValueError, match="not run: figure5_6 has no scale smoke"):
-        figure5_6.runs(options("smoke"))
     with pytest.raises(ValueError, match="unknown model 'gpt3'; this item has gpt2-large, gpt2-xl"):
         paper_launch.chosen_models(table3.large_runs(options()), ["gpt3"])
     for bad, words in (({"peak": 0.0}, "peak-tflops"), ({"utilisation": 1.5}, "utilisation"), ({"gpus": 0}, "gpus")):

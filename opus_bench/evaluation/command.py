@@ -25,7 +25,7 @@ class EvaluationSettings:
     model: str  # folder or hub id
     suite: str = "paper"
     tokenizer: str | None = None  # None: that of the model
-    data: str | None = None  # folder of local files in place of the hub
+    data: str | None = None  # folder of local files in place of the hub, or of a suite like the offline one
     limit: int | None = None  # first items of each part
     batch_size: int = 16  # requests
     dtype: str = "float32"  # of the weights
@@ -39,8 +39,6 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.data is not None and self.suite == OFFLINE:
-            raise ValueError("data stands in for a hub's; the offline suite has its own")
 
 
 def evaluation_options(command: argparse.ArgumentParser) -> None:
@@ -55,7 +53,8 @@ def evaluation_options(command: argparse.ArgumentParser) -> None:
         f"made here of packages' text (default: {d.suite})", choices=SUITE_NAMES, default=d.suite)
     add("--tokenizer", "folder or hub id (default: that of --model)", metavar="WHERE")
     add("--data", "folder of NAME.SPLIT.jsonl or .parquet files in place of the hub, NAME being lm-eval's task "
-        "(default: the hub, or its cache)", metavar="FOLDER")
+        "(default: the hub, or its cache); with offline a folder that write_suite made (default: that of the corpus)",
+        metavar="FOLDER")
     add("--limit", "only the first N items of each part (default: all)", type=int, metavar="N")
     add("--batch-size", f"requests at once (default: {d.batch_size})", type=int, metavar="N", default=d.batch_size)
     add("--dtype", f"of the weights (default: {d.dtype})", choices=DTYPES, default=d.dtype)

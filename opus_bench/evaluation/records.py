@@ -42,7 +42,7 @@ def plan(settings: EvaluationSettings) -> list[dict]:
     from opus_bench.evaluation.evaluate import quiet
 
     if settings.suite == OFFLINE:
-        suite = offline_suite()
+        suite = offline_suite(settings.data)
         return [{"task": name, "parts": 1, "splits": "test", "n": limited(part.n, settings.limit), "n_paper": None,
                  "requests": limited(part.n, settings.limit) * (round(1 / part.chance) if part.chance else 1),
                  "source": "built here", "status": None} for name, part in (suite.tasks | suite.domains).items()]
@@ -78,12 +78,14 @@ def limited(n: int, limit: int | None) -> int:
     return n if limit is None else min(n, limit)
 
 
-def offline_suite() -> Any:
-    """The offline suite of the corpus that training runs use, built the first time."""
+def offline_suite(folder: str | None = None) -> Any:
+    """The suite of a folder, or the offline one of the corpus that training runs use, built the first time."""
     from opus_bench.corpus import build_corpus
     from opus_bench.corpus_spec import CorpusSpec
-    from opus_bench.evaluation.suite import corpus_suite
+    from opus_bench.evaluation.suite import corpus_suite, load_suite
 
+    if folder is not None:
+        return load_suite(folder)
     return corpus_suite(build_corpus(CorpusSpec()), OFFLINE_SIZE, OFFLINE_SEED)
 
 
@@ -107,7 +109,7 @@ def evaluate_model(
 
     results.check_writable(output)
     model, tokenizer = read_model_and_tokenizer(settings)
-    suite = offline_suite() if settings.suite == OFFLINE else None
+    suite = offline_suite(settings.data) if settings.suite == OFFLINE else None
     identity, config, data = _identity(settings, model, tokenizer, suite)
     folder = samples_folder(output, identity)
     folder.mkdir(parents=True, exist_ok=True)
