@@ -43,6 +43,7 @@ class Step:
     what: str
     command: list[str]
     made: Path
+    marks: bool = False  # ``made`` is an empty file written after the command, which leaves nothing that says so itself
 
     def __str__(self) -> str:
         return shown(self.command)
@@ -55,10 +56,13 @@ def shown(command: list[str]) -> str:
 
 
 def download(repository: str, folder: str, place: Path) -> Step:
-    """A folder of a data set's repository, through the hub's own client, which resumes."""
+    """A folder of a data set's repository, through the hub's own client, which resumes.
+
+    Interrupted, it leaves the files that it has in that folder, so the folder does not say that all are there.
+    """
     command = ["hf", "download", repository, "--repo-type", "dataset", "--include", f"{folder}/*",
                "--local-dir", str(place)]
-    return Step(f"text of {repository}, {folder}", command, place / folder)
+    return Step(f"text of {repository}, {folder}", command, place / f"{folder.replace('/', '-')}.whole", marks=True)
 
 
 def fetch(pool: Pool, data: Path) -> Step:

@@ -79,6 +79,8 @@ def launch(runs: list[PaperRun], options: argparse.Namespace, write: Callable[[P
         for step in steps:
             if not step.made.exists():
                 call(step.command)
+                if step.marks:
+                    step.made.touch()
         for number, run in enumerate(todo, 1):
             print(f"run {number} of {len(todo)}: {run.describe()}", flush=True)
             run.execute(options.data, options.results, gpus)

@@ -464,6 +464,15 @@ def test_bad_data_is_one_line_before_any_computing(folder, tmp_path, capsys, unc
     assert words in line and name in line
 
 
+def test_a_config_in_the_cache_is_not_taken_for_the_weights(monkeypatch):
+    name = "Qwen/Qwen3-8B-Base"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: f"cache/{file}")
+    monkeypatch.setattr(own_inputs, "hub_problem", lambda: None)
+    assert own_inputs.place(name, "model") == {"pretrained_model_name_or_path": name}
+    monkeypatch.setattr(own_inputs, "hub_problem", lambda: "the cable is out")
+    assert own_inputs.place(name, "model") == {"pretrained_model_name_or_path": name, "local_files_only": True}
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(folder, capsys, monkeypatch, uncomputed):
     import huggingface_hub
 

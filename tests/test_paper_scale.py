@@ -506,6 +506,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(grid3, monkeypatch, tmp_pat
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
+def test_a_download_that_broke_off_is_gone_on_with(monkeypatch, tmp_path, capsys):
+    programs = Programs()
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(paper_scale, "subprocess", types.SimpleNamespace(run=programs))
+    monkeypatch.setattr(paper_launch, "examine", lambda *_: [])
+    part = tmp_path / "data" / "text" / "fineweb" / "sample" / "10BT" / "000_00000.parquet"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    for times in (1, 1):  # the second call finds it whole
+        assert launch(table3, "small", tmp_path, "--methods", "Random", "--seeds", "1") == 0
+        assert sum(command[:2] == ["hf", "download"] for command in programs.commands) == times
+
+
 def test_preparation_and_runs_are_started_in_order_and_once(monkeypatch, tmp_path, capsys):
     programs = Programs()
     monkeypatch.setattr(sys, "argv", ["script"])

@@ -318,6 +318,7 @@ def test_gpt2_is_the_published_tokenizer():
     ("fineweb", "CC-MAIN-2024-10", "fineweb", "hf://datasets/HuggingFaceFW/fineweb@main/data/CC-MAIN-2024-10"),
     ("sciencepedia=hf://datasets/o/n", "x", "sciencepedia", "hf://datasets/o/n@main"),
     ("hf://datasets/o/n@v1/a/b", "x", "b", "hf://datasets/o/n@v1/a/b"),
+    ("hf://datasets/o/n@refs/convert/parquet/en", "x", "en", "hf://datasets/o/n@refs/convert/parquet/en"),
     ("/data/wiki.jsonl.gz", "x", "wiki", "/data/wiki.jsonl.gz"),
     ("fineweb-edu=/copy", "x", "fineweb-edu", "/copy"),
 ])
@@ -432,6 +433,9 @@ def test_a_tokenizer_without_the_token_or_without_a_place(tmp_path, tokenizer, t
     monkeypatch.setattr("opus_bench.evaluation.paper_suite.hub_problem", lambda: "no route")
     with pytest.raises(CorpusError, match=r"tokenizer 'Qwen/Qwen3-8B-Base' is no file .* \(no route\); give gpt2"):
         load_tokenizer("Qwen/Qwen3-8B-Base")
+    with monkeypatch.context() as cached:  # fetched before, and the hub does not answer
+        cached.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(tokenizer))
+        assert load_tokenizer("Qwen/Qwen3-8B-Base").to_str() == load_tokenizer(str(tokenizer)).to_str()
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CorpusError, match="tokenizer.json is no tokenizer.json"):
         load_tokenizer(str(tmp_path))

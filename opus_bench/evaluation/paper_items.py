@@ -120,7 +120,8 @@ class Loader:
         except CannotLoad:
             raise
         except Exception as error:  # noqa: BLE001 any failure to load is the reason
-            raise CannotLoad(f"{type(error).__name__}: {first_line(error)}", str(error)) from error
+            mend = "" if self.files else "; --data FOLDER takes local files in its place"
+            raise CannotLoad(f"{type(error).__name__}: {first_line(error)}", f"{error}{mend}") from error
         return {"tasks": loaded, "groups": {}, "group_map": {}}
 
     def _from_files(self, part: str) -> dict[str, Any]:

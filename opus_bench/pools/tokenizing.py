@@ -46,12 +46,17 @@ def load_tokenizer(name: str, cache: str | Path | None = None, progress: bool = 
 
 
 def _of_hub(name: str) -> Tokenizer:
-    from opus_bench.evaluation.paper_suite import hub_problem
+    from huggingface_hub import try_to_load_from_cache
+
+    from opus_bench.validation.own_inputs import hub_problem
 
     problem = hub_problem()
     try:
         if problem is None:
             return Tokenizer.from_pretrained(name)
+        cached = try_to_load_from_cache(name, "tokenizer.json")
+        if isinstance(cached, str):
+            return Tokenizer.from_file(cached)
     except Exception as error:  # noqa: BLE001 the library raises a bare Exception
         problem = " ".join(str(error).split())
     raise CorpusError(f"tokenizer {name!r} is no file or folder with tokenizer.json here, and the hub does not give it "

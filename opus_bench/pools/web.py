@@ -28,7 +28,8 @@ PARQUET, LINES = (".parquet",), (".jsonl", ".json")
 PACKED = ("", ".gz", ".zst")
 ROWS = 1024
 """Documents read and tokenised together."""
-HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
+HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
+                 r"(/(?P<folder>.+))?")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _hub_files(source: Source, digest: bool) -> tuple[str, list[dict[str, Any]]]
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    from opus_bench.evaluation.paper_suite import hub_problem
+    from opus_bench.validation.own_inputs import hub_problem
 
     place = HUB.fullmatch(source.place)
     assert place is not None

@@ -57,22 +57,25 @@ def hub_problem() -> str | None:
 def place(name: str, what: str) -> dict[str, Any]:
     """Where a model or tokenizer is read from, as options of ``from_pretrained``.
 
+    A hub that answers is asked, since a part in the cache (its config, of a first look) is not the whole; one that
+    does not leaves the cache.
+
     Raises:
         ValueError: for what is no folder, not in the hub's cache and not to be had.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+    problem = hub_problem()
+    if problem is None:
+        return {"pretrained_model_name_or_path": name}
     from huggingface_hub import try_to_load_from_cache
 
-    key = "config.json" if what == "model" else "tokenizer_config.json"
-    if isinstance(try_to_load_from_cache(name, key), str):
+    keys = ("config.json",) if what == "model" else ("tokenizer_config.json", "tokenizer.json")
+    if any(isinstance(try_to_load_from_cache(name, key), str) for key in keys):
         return {"pretrained_model_name_or_path": name, "local_files_only": True}
-    problem = hub_problem()
-    if problem is not None:
-        raise ValueError(f"{what} {name!r} is no folder here and not in the hub's cache, and the hub cannot be "
-                         f"reached ({problem}); give a folder that save_pretrained wrote")
-    return {"pretrained_model_name_or_path": name}
+    raise ValueError(f"{what} {name!r} is no folder here and not in the hub's cache, and the hub cannot be "
+                     f"reached ({problem}); give a folder that save_pretrained wrote")
 
 
 def _loaded(what: str, name: str, read: Any, **options: Any) -> Any:
