@@ -23,8 +23,8 @@ from opus_bench import hashing, provenance, results, schema
 
 from . import paper_commands as commands
 from .paper_rows import Line
-from .presets import checkpoint_every
 from .paper_settings import GENERAL, GPT2, POOLS_OF, PROXY_TOKENS, REPOSITORIES, SCORERS, Pool, Setting, static_pool
+from .presets import checkpoint_every
 from .training import locked
 
 GPU_SCALES = ("small", "paper")
