@@ -298,10 +298,14 @@ def test_the_preconditioner_is_the_optimizers_also_under_autocast():
     update(model, optimizers, tokens(4, 10), config.clip)
     parameters = parameter_names(model, layer_names(model, "matrices"))
     want, live = preconditioners(optimizers, parameters), LivePreconditioners(optimizers, parameters)
+    gradients = {name: torch.randn_like(p) for name, p in parameters.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        for name, p in want.items():
-            if p.left is not None:
-                assert torch.equal(live[name].left.dense(), p.left.dense())
+        live.build()
+        found, directions = dict(live), live.directions(gradients)
+    for name, p in want.items():
+        if p.left is not None:
+            assert torch.equal(found[name].left.dense(), p.left.dense())
+        assert torch.equal(directions[name], p(gradients[name]))
 
 
 def test_every_sample_is_somebodys_and_everybody_makes_as_many_forwards():

@@ -64,7 +64,8 @@ def test_every_process_computes_its_share_and_all_have_one_processs_result(of, s
 def test_a_gradient_on_some_processes_alone_is_refused_before_anything_changes(of, size, sharded):
     for found in of(size):
         message, same = found[f"torn {sharded}"]
-        assert message.startswith("parameters [2] of Muon have a gradient on some processes and none on others") and same
+        assert message.startswith("parameters [2] of Muon have a gradient on some processes and none on others")
+        assert same
 
 
 def test_other_shards_than_fully_shards_are_refused(of):

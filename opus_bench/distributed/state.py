@@ -49,18 +49,19 @@ class LivePreconditioners(Mapping[str, Preconditioner]):
         self._inner: dict[str, Tensor] | None = None  # those held here
         self._owner: dict[str, int] = {}  # of sharded matrices
 
+    @outside_autocast
     def __getitem__(self, name: str) -> Preconditioner:
         one = self._owned[name]
         if self._plain:
             return Preconditioner(learning_rate=self.rates[name])
         if not has_momentum(one):
-            return outside_autocast(preconditioner_of)(replace(one, state={k: full(v) for k, v in one.state.items()}))
+            return preconditioner_of(replace(one, state={k: full(v) for k, v in one.state.items()}))
         inner, momentum = self.build().get(name), one.state["momentum_buffer"]
         if name in self._owner:
             inner = inner_from(inner, self._owner[name], momentum)
         if momentum.shape[0] > momentum.shape[1]:
             one = replace(one, state={"momentum_buffer": full(momentum)})
-        return outside_autocast(preconditioner_of)(one, inner)
+        return preconditioner_of(one, inner)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._owned)
@@ -73,6 +74,7 @@ class LivePreconditioners(Mapping[str, Preconditioner]):
         """eta_t of every parameter's group."""
         return {name: float(one.group["lr"]) for name, one in self._owned.items()}
 
+    @outside_autocast
     def build(self) -> dict[str, Tensor]:
         """``muon_inner`` of the matrices that this process holds it of, made at the first call, by all together."""
         if self._inner is not None:
@@ -92,10 +94,11 @@ class LivePreconditioners(Mapping[str, Preconditioner]):
 
         shared_work({name: inner_flops(*momentum.shape) for name, momentum in momenta.items()},
                     lambda name, owner: on_owner(momenta[name], owner),
-                    lambda name, momentum: outside_autocast(muon_inner)(momentum, self._owned[name].group), keep)
+                    lambda name, momentum: muon_inner(momentum, self._owned[name].group), keep)
         self._inner = found
         return found
 
+    @outside_autocast
     def directions(self, gradients: Mapping[str, Float[Tensor, "o i"]]) -> dict[str, Float[Tensor, "o i"]]:
         """P_t g of every weight given, in at least float32, sharded as its g is; all processes call this together.
 
@@ -110,7 +113,7 @@ class LivePreconditioners(Mapping[str, Preconditioner]):
             return found
         divided = {name for name in found if has_momentum(self._owned[name])}
         for name in found.keys() - divided:
-            found[name] = outside_autocast(preconditioner_of)(self._owned[name])(found[name])
+            found[name] = preconditioner_of(self._owned[name])(found[name])
 
         def gathered(name: str, owner: int) -> tuple[Tensor, Tensor] | None:
             momentum, g = (on_owner(x, owner) for x in (self._owned[name].state["momentum_buffer"], found[name]))
@@ -118,8 +121,7 @@ class LivePreconditioners(Mapping[str, Preconditioner]):
 
         def compute(name: str, inputs: tuple[Tensor, Tensor]) -> Tensor:
             momentum, g = inputs
-            return outside_autocast(preconditioner_of)(
-                replace(self._owned[name], state={"momentum_buffer": momentum}))(g)
+            return preconditioner_of(replace(self._owned[name], state={"momentum_buffer": momentum}))(g)
 
         def keep(name: str, direction: Tensor | None, owner: int) -> None:
             found[name] = from_owner(direction, owner, found[name], found[name].dtype)
