@@ -99,16 +99,16 @@ QWEN3_SMOKE_BASE = replace(
     title="Qwen3 of four layers",
     shape=Shape("Qwen3", "smoke scale", layers=4, width=96, vocabulary=2048, length=192, candidates=8, proxies=8,
                 selected=8, window=48, feed_forward=256, kv_width=24, gated=True),
-    update_tokens=600 * 8 * 192, evaluate_every=None, evaluations=6, adam_lr=4e-3, muon_lr=2e-2, weight_decay=0.0,
+    update_tokens=400 * 8 * 192, evaluate_every=None, evaluations=6, adam_lr=4e-3, muon_lr=2e-2, weight_decay=0.0,
     deviations=())
 QWEN3_SMOKE = replace(
     QWEN3_SMOKE_BASE, model="qwen3-smoke", preset="qwen3-smoke", base=QWEN3_SMOKE_BASE,
-    shape=replace(QWEN3_SMOKE_BASE.shape, candidates=16), update_tokens=180 * 8 * 192, evaluate_every=60 * 8 * 192,
+    shape=replace(QWEN3_SMOKE_BASE.shape, candidates=16), update_tokens=150 * 8 * 192, evaluate_every=50 * 8 * 192,
     evaluations=6, adam_lr=1e-3, muon_lr=5e-3, weight_decay=0.01, suites=("offline",),
     deviations=(
-        "a Qwen3 of 0.58 M parameters, trained here on 0.9 million tokens of general text, instead of Qwen3-8B-Base",
+        "a Qwen3 of 0.58 M parameters, trained here on 0.6 million tokens of general text, instead of Qwen3-8B-Base",
         "openings of encyclopedia articles on the sciences, and documentation of mathematics software, instead of "
-        "SciencePedia; 0.28 million tokens instead of 1.5 billion",
+        "SciencePedia; 0.23 million tokens instead of 1.5 billion",
         "proxy drawn from held-out openings instead of BENCH-PROXY retrieval",
         "items made of held-out openings instead of OlympicArena and SciAssess"))
 # the 124 M model on one GPU: about 20 tokens a parameter, windows of an eighth of a sequence, rates of GPT-2 Large
