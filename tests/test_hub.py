@@ -202,8 +202,9 @@ def test_the_encoder_and_the_scorers_load_from_the_published_names(found):
 def test_what_was_fetched_is_there_without_a_network(found):
     online, offline = found
     assert offline["models"] == online["models"]
-    stories = offline["tasks"].pop("StoryCloze")  # files named by address are not found again in the cache of `datasets`
-    assert stories.startswith("error: CannotLoad: ") and stories.endswith("; --data FOLDER takes local files in its place")
+    stories = offline["tasks"].pop("StoryCloze")  # `datasets` does not find in its cache what was loaded by file
+    assert stories.startswith("error: CannotLoad: ") and stories.endswith("; --data FOLDER takes local files in its "
+                                                                          "place")
     assert {name: [row[4] for row in rows] for name, rows in offline["tasks"].items()} == {
         name: [row[4] for row in rows] for name, rows in online["tasks"].items() if name != "StoryCloze"}
     assert "the hub cannot be reached (HF_HUB_OFFLINE is set)" in offline["text"]["sample"]
