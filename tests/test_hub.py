@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -19,7 +20,7 @@ from hub_client import QWEN, TASKS
 from lm_eval.tasks._yaml_loader import load_yaml
 from paper_data import Items
 from test_proxy import TINY, WORDS, tiny_tokenizer
-from test_scorers import ONE, saved
+from test_scorers import ONE, saved, write_fasttext
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -112,23 +113,19 @@ def write_arctic(folder):
         {"idx": 2, "name": "2", "path": "2_Normalize", "type": f"{kind}.Normalize"}]))
 
 
-def write_classifier(path, labels, scratch):
-    import fasttext
-
-    lines = [f"{labels[n % 2]} {WORDS[n % len(WORDS)]} {WORDS[(n + 1) % len(WORDS)]}" for n in range(40)]
-    (scratch / "lines.txt").write_text("\n".join(lines))
+def write_classifier(path, labels):
+    rng = np.random.default_rng(0)
     path.parent.mkdir(parents=True)
-    fasttext.train_supervised(str(scratch / "lines.txt"), dim=4, thread=1, verbose=0, bucket=100).save_model(str(path))
+    write_fasttext(path, ["river", "stone", "planet"], list(labels), rng.normal(size=(3, 4)), rng.normal(size=(2, 4)))
 
 
-def write_models(models, scratch):
+def write_models(models):
     write_qwen(models / QWEN / "main")
     write_arctic(models / ARCTIC / "main")
     dclm = models / "mlfoundations/fasttext-oh-eli5/main"
-    write_classifier(dclm / "openhermes_reddit_eli5_vs_rw_v2_bigram_200k_train.bin", ("__label__hq", "__label__cc"),
-                     scratch)
+    write_classifier(dclm / "openhermes_reddit_eli5_vs_rw_v2_bigram_200k_train.bin", ("__label__hq", "__label__cc"))
     ultra = models / "openbmb/Ultra-FineWeb-classifier/main"
-    write_classifier(ultra / "classifiers/ultra_fineweb_en.bin", ("__label__pos", "__label__neg"), scratch)
+    write_classifier(ultra / "classifiers/ultra_fineweb_en.bin", ("__label__pos", "__label__neg"))
     (ultra / "config.json").write_text("{}")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(), unk_token="[UNK]")
     tokenizer.save_pretrained(ultra / "local_tokenizer")
@@ -158,7 +155,7 @@ def found(tmp_path_factory):
     folder, home = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("home")
     write_text(folder / "datasets")
     write_tasks(folder / "datasets", home)
-    write_models(folder / "models", home)
+    write_models(folder / "models")
     with FakeHub(folder) as address:
         first = ask(address, home, "text", "tasks", "items", "models")
     return first, ask(address, home, "text", "tasks", "models", HF_HUB_OFFLINE="1")
@@ -188,7 +185,7 @@ def test_tasks_are_loaded_as_their_files_say_and_stories_without_their_script(fo
 def test_weights_come_after_a_look_at_the_outline(found):
     models = found[0]["models"]
     assert models["outline"] == models["weights"] > 0  # the config alone is in the cache by then
-    assert models["tokenizer"] == 300 and all(n > 0 for n in models["count"])
+    assert 256 < models["tokenizer"] <= 300 and all(n > 0 for n in models["count"])
 
 
 def test_the_encoder_and_the_scorers_load_from_the_published_names(found):
@@ -205,6 +202,9 @@ def test_the_encoder_and_the_scorers_load_from_the_published_names(found):
 def test_what_was_fetched_is_there_without_a_network(found):
     online, offline = found
     assert offline["models"] == online["models"]
+    stories = offline["tasks"].pop("StoryCloze")  # `datasets` does not find in its cache what was loaded by file
+    assert stories.startswith("error: CannotLoad: ") and stories.endswith("; --data FOLDER takes local files in its "
+                                                                          "place")
     assert {name: [row[4] for row in rows] for name, rows in offline["tasks"].items()} == {
-        name: [row[4] for row in rows] for name, rows in online["tasks"].items()}
+        name: [row[4] for row in rows] for name, rows in online["tasks"].items() if name != "StoryCloze"}
     assert "the hub cannot be reached (HF_HUB_OFFLINE is set)" in offline["text"]["sample"]
