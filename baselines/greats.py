@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from opus_bench.ghost import full, row_slice
 from opus_bench.gradients import Factors, PerSampleGradient, capture, mean_gradient
 from opus_bench.layers import layer_names, parameter_names
 from opus_bench.preconditioner import Preconditioner, owners
-from opus_bench.selector import Selection, TrainState
+from opus_bench.selector import Selection, TrainState, products_of, scoring_autocast
 from opus_bench.sequences import Sequences, as_sequences
 from opus_bench.streamed import check_microbatch, microbatches
 from opus_bench.utility import Utility, check_utilities, exact_utility
@@ -50,13 +50,14 @@ class Greats:
     layers: see layers.layer_names; by default all linear layers of the blocks.
     learning_rate: eta of every weight; None: of each weight the live rate of its optimizer group.
     proxy_every: steps that a proxy gradient serves, at least 1.
+    scoring_dtype: "bfloat16": scoring under autocast, products included; "model": the model's, at least float32.
     microbatch: candidates in one forward and backward; None: all.  Bounds activations; the factors of all are kept.
     world: the processes, where the model is spread over several, which all call this together.  The proxy batch is
         that of all.
     gathered: candidates are those of all processes, who share the work (global selection); else each process has
         its own (local selection) and shares the proxy's gradient alone.
 
-    Exactness: utilities are exact up to rounding in the model's dtype, also of shares, and the same bit for bit on
+    Exactness: utilities are exact up to rounding in the scoring dtype, also of shares, and the same bit for bit on
         every process.
     Cost: one forward and backward-to-activations of the candidates and a full one of the proxy, over
         ``window`` tokens each; then 2 n t o i + 2 n^2 o i flops for the Gram matrix of every weight.  Memory: n t
@@ -70,6 +71,7 @@ class Greats:
     layers: str | Sequence[str] = "blocks"
     learning_rate: float | None = None
     proxy_every: int = 1
+    scoring_dtype: Literal["model", "bfloat16"] = "model"
     microbatch: int | None = None
     world: World | None = None
     gathered: bool = True
@@ -82,6 +84,7 @@ class Greats:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.proxy_every < 1:
             raise ValueError(f"proxy_every must be at least 1 step, got {self.proxy_every}")
+        products_of(self.scoring_dtype)
         check_microbatch(self.microbatch)
 
     def select(
@@ -108,20 +111,21 @@ class Greats:
         owned = owners(state.optimizers, parameter_names(state.model, names))
         eta = {k: float(one.group["lr"]) if self.learning_rate is None else self.learning_rate
                for k, one in owned.items()}
-        if self._proxy_gradient is None or state.step % self.proxy_every == 0:
-            self._proxy_gradient = (mean_gradient(state.model, proxy, names)[0] if self.world is None else
-                                    shared_mean_gradient(state.model, proxy, names, self.world))
-        window = as_sequences(candidates).window(self.window)
+        window, products = as_sequences(candidates).window(self.window), products_of(self.scoring_dtype)
         world = self.world if self.world is not None and self.gathered else World(0, 1, window.tokens.device)
         alignment, gram = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for name, gradient in self._everyones(state.model, window, names, world):
-            rows, counted = world.share(gradient.shape[0])
-            start, stop = int(rows[0]), int(rows[0]) + counted
-            found = exact_utility(
-                {name: row_slice(gradient, start, stop)}, {name: full(self._proxy_gradient[name])[start:stop]},
-                {name: Preconditioner()}, eta, {name: eta[name] ** 2})
-            assert found.gram is not None
-            alignment, gram = alignment + found.alignment, gram + found.gram
+        with scoring_autocast(products, window.tokens.device):
+            if self._proxy_gradient is None or state.step % self.proxy_every == 0:
+                self._proxy_gradient = (mean_gradient(state.model, proxy, names)[0] if self.world is None else
+                                        shared_mean_gradient(state.model, proxy, names, self.world))
+            for name, gradient in self._everyones(state.model, window, names, world):
+                rows, counted = world.share(gradient.shape[0])
+                start, stop = int(rows[0]), int(rows[0]) + counted
+                found = exact_utility(
+                    {name: row_slice(gradient, start, stop)}, {name: full(self._proxy_gradient[name])[start:stop]},
+                    {name: Preconditioner()}, eta, {name: eta[name] ** 2}, products=products)
+                assert found.gram is not None
+                alignment, gram = alignment + found.alignment, gram + found.gram
         alignment, gram = (world.gather(x[None], world.size).sum(0) for x in (alignment, gram))
         return Utility(alignment, gram)
 

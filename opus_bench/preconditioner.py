@@ -54,12 +54,16 @@ class LeftPolynomial:
     a: float
     q: Float[Tensor, "o i"] | None = None  # None: o <= i
 
-    def __call__(self, x: Float[Tensor, "*n o r"]) -> Float[Tensor, "*n o r"]:
-        """S x, in at least float32."""
+    def __call__(self, x: Float[Tensor, "*n o r"], products: torch.dtype | None = None) -> Float[Tensor, "*n o r"]:
+        """S x, in at least float32; ``products``: dtype of the matrix products, None: of x, at least float32."""
+
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            return left @ right if products is None else wide(left.to(products) @ right.to(products))
+
         x = wide(x)
         if self.q is None:
-            return self.inner @ x
-        return self.a * x + self.q @ (self.inner @ (self.q.T @ x))
+            return product(self.inner, x)
+        return self.a * x + product(self.q, product(self.inner, product(self.q.T, x)))
 
     def dense(self) -> Float[Tensor, "o o"]:
         """S itself; O(o^2 i) flops where o > i."""
@@ -95,7 +99,7 @@ class Preconditioner:
             gradient = self.left(gradient)
         return gradient * self.scale
 
-    def on_left(self, gradient: PerSampleGradient) -> PerSampleGradient:
+    def on_left(self, gradient: PerSampleGradient, products: torch.dtype | None = None) -> PerSampleGradient:
         """Apply the left factor to factored gradients: (S b) a^T = S (b a^T); n t columns of ``LeftPolynomial``."""
         if self.left is None:
             return gradient
@@ -103,7 +107,7 @@ class Preconditioner:
             raise ValueError("a left-multiplying preconditioner (Muon) cannot act on an embedding; "
                              "give embeddings to AdamW")
         return PerSampleGradient(
-            gradient.shape, tuple(Factors(self.left(use.left.mT).mT, use.right) for use in gradient.uses)
+            gradient.shape, tuple(Factors(self.left(use.left.mT, products).mT, use.right) for use in gradient.uses)
         )
 
     def on_rows(self, rows: Float[Tensor, "n r i"], start: int) -> Float[Tensor, "n r i"]:

@@ -82,6 +82,22 @@ class Stateless:
         pass
 
 
+def products_of(scoring_dtype: str) -> torch.dtype | None:
+    """Dtype of the matrix products of scoring by its name in a selector; None: the factors', at least float32.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if scoring_dtype not in ("model", "bfloat16"):
+        raise ValueError(f"scoring_dtype must be model or bfloat16, got {scoring_dtype!r}")
+    return torch.bfloat16 if scoring_dtype == "bfloat16" else None
+
+
+def scoring_autocast(products: torch.dtype | None, device: torch.device) -> AbstractContextManager:
+    """Forwards and backwards of scoring in the dtype of its products; None: as they are."""
+    return nullcontext() if products is None else torch.autocast(device.type, products)
+
+
 @dataclass
 class Opus:
     """OPUS online selection on the live model and optimizer.  Build one with ``Opus.arm(name)``.
@@ -140,8 +156,7 @@ class Opus:
             raise ValueError(f"sampling must be boltzmann, greedy or top_k, got {self.sampling!r}")
         if self.estimator not in ("exact", "sketch", "forward"):
             raise ValueError(f"estimator must be exact, sketch or forward, got {self.estimator!r}")
-        if self.scoring_dtype not in ("model", "bfloat16"):
-            raise ValueError(f"scoring_dtype must be model or bfloat16, got {self.scoring_dtype!r}")
+        products_of(self.scoring_dtype)
         check_microbatch(self.microbatch)
         if not self.relative_step > 0:
             raise ValueError(f"relative_step must be positive, got {self.relative_step}")
@@ -214,7 +229,7 @@ class Opus:
         if self.preconditioner == "identity":
             p = {k: Preconditioner(learning_rate=v.learning_rate) for k, v in p.items()}
         window = as_sequences(candidates).window(self.window)
-        with self._dtype(window.tokens.device):
+        with scoring_autocast(self.products, window.tokens.device):
             if self._proxy_gradient is None or state.step % self.proxy_every == 0:
                 with explained(f"the proxy batch of {len(proxy_batch)} does not fit in memory; lower it or the window"):
                     self._proxy_gradient, _ = mean_gradient(state.model, proxy_batch, names, self.label_shift)
@@ -232,13 +247,9 @@ class Opus:
         return exact_gram or self.redundancy == "measured" or self.preconditioner == "adjoint"
 
     @property
-    def _products(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.scoring_dtype == "bfloat16" else None
-
-    def _dtype(self, device: torch.device) -> AbstractContextManager:
-        if self._products is None:
-            return nullcontext()
-        return torch.autocast(device.type, self._products)
+    def products(self) -> torch.dtype | None:
+        """Dtype of the matrix products of scoring; None: the factors', at least float32."""
+        return products_of(self.scoring_dtype)
 
     def term_weights(
         self, rates: Mapping[str, float], parameters: Mapping[str, nn.Parameter]
@@ -264,7 +275,7 @@ class Opus:
             if self.estimator == "sketch":
                 utility = streamed_sketch(
                     state.model, window, names, proxy, p, alignment_weights, redundancy_weights if weight else None,
-                    self.sketch_width, self.sketch_seed, self.label_shift, microbatch)
+                    self.sketch_width, self.sketch_seed, self.label_shift, microbatch, self.products)
                 return replace(utility, redundancy_weight=weight)
             directions = {k: alignment_weights[k] * outside_autocast(p[k])(wide(g)) for k, g in proxy.items()}
             if self.estimator == "forward":
@@ -272,7 +283,7 @@ class Opus:
                                               self.label_shift, microbatch)
             else:
                 alignment = streamed_alignment(state.model, window, names, directions, self.label_shift, microbatch,
-                                               self._products)
+                                               self.products)
             return Utility(alignment, None, 0.0)
 
         tried = self._fitting or self.microbatch
@@ -301,9 +312,9 @@ class Opus:
             directions = None
             if self.preconditioner == "adjoint":
                 directions = adjoint(state.optimizers, parameters, {k: mean(g) for k, g in gradients.items()}, proxy)
-            utility = exact_utility(*options, directions, self._products)
+            utility = exact_utility(*options, directions, self.products)
         else:
-            utility = sketched_utility(*options, self.sketch_width, self.sketch_seed)
+            utility = sketched_utility(*options, self.sketch_width, self.sketch_seed, self.products)
         return replace(utility, redundancy_weight=weight)
 
     def _measured_curvature(

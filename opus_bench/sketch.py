@@ -78,16 +78,18 @@ def count_sketch(
 
 
 def sketch_gradients(
-    gradient: PerSampleGradient, preconditioner: Preconditioner, width: int, seed: int
+    gradient: PerSampleGradient, preconditioner: Preconditioner, width: int, seed: int,
+    products: torch.dtype | None = None,
 ) -> Float[Tensor, "n k"]:
     """CountSketch of every sample's effective update P_t G_n for one parameter.
 
-    Exactness: mean and variance as in ``count_sketch`` with x = P_t G_n flattened by rows.
+    Exactness: mean and variance as in ``count_sketch`` with x = P_t G_n flattened by rows.  ``products``: dtype of
+        the matrix products that form x, as in ``ghost.rows``; sums into buckets are in at least float32.
     Cost: O(n t o i + n o i) flops; memory bounded by the row chunks of ``ghost.row_chunks``.
     """
     samples, columns = len(gradient.uses[0].right), gradient.shape[1]
     total = wide(gradient.uses[0].right).new_zeros(samples, width)
-    for start, dense in row_chunks(preconditioner.on_left(gradient)):
+    for start, dense in row_chunks(preconditioner.on_left(gradient, products), products=products):
         update = preconditioner.on_rows(dense, start)
         total += count_sketch(update.flatten(1), width, seed, start * columns)
     return total

@@ -97,12 +97,14 @@ def streamed_sketch(
     seed: int = 42,
     label_shift: int = 1,
     microbatch: int | None = None,
+    products: torch.dtype | None = None,
 ) -> Utility:
     """``utility.sketched_utility`` without captured factors: equal to it up to the order of sums.
 
     Memory: one microbatch's backward, and n * width numbers per weight.
     """
-    features = streamed_features(model, batch, layers, preconditioners, width, seed, label_shift, microbatch)
+    features = streamed_features(model, batch, layers, preconditioners, width, seed, label_shift, microbatch,
+                                 products)
     return utility_of_sketches(features.items(), proxy_gradient, alignment_weights, redundancy_weights, width, seed)
 
 
@@ -115,6 +117,7 @@ def streamed_features(
     seed: int = 42,
     label_shift: int = 1,
     microbatch: int | None = None,
+    products: torch.dtype | None = None,
 ) -> dict[str, Float[Tensor, "n k"]]:
     """CountSketch of every u_n = P_t G_n per weight, in the order of the model; cost as ``streamed_sketch``."""
     n = len(as_sequences(batch))
@@ -123,7 +126,8 @@ def streamed_features(
     for part, sequences in microbatches(batch, microbatch):
 
         def consume(name: str, gradient: PerSampleGradient, part: slice = part) -> None:
-            found = outside_autocast(sketch_gradients)(gradient, preconditioners[name], width, weight_seed(seed, name))
+            found = outside_autocast(sketch_gradients)(
+                gradient, preconditioners[name], width, weight_seed(seed, name), products)
             if name not in features:
                 features[name] = found.new_zeros(n, width)
             features[name][part] += found

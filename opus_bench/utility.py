@@ -68,7 +68,7 @@ def exact_utility(
             direction = p(proxy_gradient[name]) if directions is None else directions[name]  # P_t is symmetric
             alignment = alignment + alignment_weights[name] * contract(gradient, direction, products).double()
         if redundancy_weights is not None:
-            for start, dense in row_chunks(p.on_left(gradient), products=products):
+            for start, dense in row_chunks(p.on_left(gradient, products), products=products):
                 update = p.on_rows(dense, start).flatten(1)
                 if directions is None:
                     proxy = proxy_gradient[name][start : start + dense.shape[1]].flatten().to(update.dtype)
@@ -87,17 +87,19 @@ def sketched_utility(
     redundancy_weights: Weights | None,
     width: int = 8192,
     seed: int = 42,
+    products: torch.dtype | None = None,
 ) -> Utility:
     """The paper's estimator: CountSketch of u_n and of g_proxy per weight, then inner products.
 
     Mean: the exact utility, over hash seeds.  Variance: the sum over weights of that stated in
         ``sketch.count_sketch``.
+    ``products``: dtype of the matrix products that form updates; None: the factors', at least float32.
     Cost: O(n t o i) flops to form the updates by chunks, O(n o i) to hash them; n * width numbers
         per weight are kept.  Every weight has its own hash, derived from ``seed`` and its name.
     """
     if not candidates:
         raise ValueError("no parameter to score")
-    features = ((name, sketch_gradients(gradient, preconditioners[name], width, weight_seed(seed, name)))
+    features = ((name, sketch_gradients(gradient, preconditioners[name], width, weight_seed(seed, name), products))
                 for name, gradient in candidates.items())
     return utility_of_sketches(features, proxy_gradient, alignment_weights, redundancy_weights, width, seed)
 

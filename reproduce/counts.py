@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from opus_bench.model import SIZES
+from opus_bench.distributed.state import newton_schulz_flops
 from opus_bench.preconditioner import inner_flops, left_flops
 
 ESTIMATORS = {  # as the records name them: what is done
@@ -260,21 +261,12 @@ def kept_bytes(shape: Shape, width: int = 8192) -> dict[str, int]:
             "sketches": 4 * shape.candidates * width * matrices}
 
 
-def block_matrices(shape: Shape) -> list[tuple[int, int]]:
-    """(output, input) widths of the matrices of one block: q, k, v, what follows the heads, and the MLP's."""
-    d, kv = shape.width, shape.width if shape.kv_width is None else shape.kv_width
-    inner = 4 * d if shape.feed_forward is None else shape.feed_forward
-    return [(d, d), (kv, d), (kv, d), (d, d), *([(inner, d)] * (2 if shape.gated else 1)), (d, inner)]
+def muon_step_flops(shape: Shape, iterations: int = 5) -> int:
+    """What one step of Muon multiplies: Newton-Schulz of every block matrix.
 
-
-def newton_schulz_flops(shape: Shape, iterations: int = 5) -> int:
-    """What one step of Muon multiplies: 4 r^2 c + 2 r^3 a matrix and iteration, r <= c its sides.
-
-    An iteration is X X^T (2 r^2 c), its square (2 r^3) and their product with X (2 r^2 c).  Exactness: equals torch's
-    counter on torch.optim.Muon.  AdamW's step multiplies no matrices: 0.
+    Exactness: equals torch's counter on torch.optim.Muon.  AdamW's step multiplies no matrices: 0.
     """
-    sides = [sorted(matrix) for matrix in block_matrices(shape)]
-    return shape.layers * iterations * sum(4 * r * r * c + 2 * r**3 for r, c in sides)
+    return shape.layers * sum(newton_schulz_flops(o, i, iterations) for o, i in shape.matrices)
 
 
 def recomputed_flops(shape: Shape, n: int, t: int, causal: bool = False, observed: bool = False) -> int:
@@ -283,5 +275,5 @@ def recomputed_flops(shape: Shape, n: int, t: int, causal: bool = False, observe
     The last product of each block, 2 n t d inner, is not made again, as no gradient needs its result, unless layers'
     inputs and outputs are ``observed``, as in scoring with a backward.  Exactness: equals torch's counter.
     """
-    last = 0 if observed else 2 * n * t * shape.layers * math.prod(block_matrices(shape)[-1])
+    last = 0 if observed else 2 * n * t * shape.layers * math.prod(shape.matrices[-1])
     return 2 * n * t * shape.block_parameters + attention_flops(shape, n, t, causal) - last

@@ -19,6 +19,7 @@ from typing import Any
 from .paper_settings import ENCODER, REPOSITORIES, Pool
 
 PRETRAIN = "reproduce.pretrain"  # run by torchrun; leaves a record in <--results>/runs and the model in --save
+SCORED_TOKENS = 16_384  # of candidates in one scoring pass of a process: bounds its activations and logits
 PRETRAIN_OPTIONS = "reproduce.pretrain_plan"  # whose parser(description) has its options
 SCORE = "baselines.score"
 MODEL = "model"  # save_pretrained's folder; model-STEP for those before the end
@@ -149,6 +150,8 @@ def pretrain(preset: str, fields: dict[str, Any], selector: str, options: dict[s
     elif rest.get("estimator") != "sketch":
         rest.pop("sketch_width", None)  # of no use to an exact estimator
     command += ["--window", str(fields["proxy_length"])]  # of candidates too
+    if selector != "random":
+        command += ["--score-microbatch", str(max(1, SCORED_TOKENS // fields["proxy_length"]))]
     if rest:
         command += ["--selector-options", json.dumps(rest)]
     for name in (*FLAGS, "save_every"):

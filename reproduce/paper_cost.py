@@ -14,7 +14,7 @@ from opus_bench.pools.command import size_text as size
 
 from . import counts
 from .counts import Shape
-from .paper_commands import VALIDATION_TOKENS
+from .paper_commands import SCORED_TOKENS, VALIDATION_TOKENS
 from .paper_scale import PaperRun, whole_pools
 from .paper_settings import ENCODER, PROXY_TOKENS, REPOSITORIES, SCORERS
 from .presets import preset_of
@@ -73,22 +73,17 @@ def selection_flops(run: PaperRun) -> float:
 
 
 def float32_flops(run: PaperRun) -> float:
-    """Of ``selection_flops``, what is multiplied in float32: all but forwards, backwards and bfloat16 contractions.
+    """Of ``selection_flops``, what is multiplied in float32: P_t of Muon as it is made, and applied to one gradient.
 
-    Forwards and backwards run under autocast, so do the contractions of an exact OPUS, whose scoring_dtype is bfloat16.
-    What a sketch and GREATS's Gram are made of is formed from wide factors outside it, and so is P_t of Muon.
+    Forwards and backwards run under autocast, and what is formed of their factors is multiplied in bfloat16, the
+    scoring_dtype of OPUS and GREATS: contractions, sketches, Gram, and P_t applied to candidates.
     """
-    options, shape = dict(run.line.options), shape_of(run)
-    if run.line.selector not in ("opus", "greats"):
+    options = run.line.options
+    if run.line.selector != "opus" or run.optimizer != "muon" or options.get("preconditioner", "frozen") != "frozen":
         return 0
-    formed = run.line.selector == "greats" or "sketch" == options.get(
-        "estimator", "exact" if calibrated(options) else "sketch")
-    contraction = 0
-    if formed:
-        options["estimator"] = "exact"
-        contraction = 2 * shape.candidates * min(shape.window, shape.length) * scored_weights(run)
-    narrow = counts.scoring_flops(shape, "opus", {**options, "redundancy": 0}, "adamw", causal=True) - contraction
-    return selection_flops(run) - run.fields["steps"] * narrow
+    sketched = options.get("estimator", "exact" if calibrated(options) else "sketch") == "sketch"
+    to_one = not sketched and options.get("redundancy", 0 if calibrated(options) else 1) == 0
+    return run.fields["steps"] * counts.muon_flops(run.setting.shape, None if to_one else 0)
 
 
 def calibrated(options: dict) -> bool:
@@ -122,7 +117,7 @@ def recomputation_flops(run: PaperRun) -> tuple[float, float]:
 
 def optimizer_flops(run: PaperRun) -> float:
     """Newton-Schulz of Muon in all steps."""
-    return run.fields["steps"] * counts.newton_schulz_flops(run.setting.shape) if run.optimizer == "muon" else 0
+    return run.fields["steps"] * counts.muon_step_flops(run.setting.shape) if run.optimizer == "muon" else 0
 
 
 def work(run: PaperRun) -> dict[tuple[str, str], float]:
@@ -170,7 +165,7 @@ def memory_per_gpu(run: PaperRun, gpus: int) -> dict[str, float]:
                        with their gradients, 8 bytes a weight; two blocks, one of them fetched ahead, with theirs
         activations    4 T d a layer at block borders, FP32, and T (40 d + 4 inner, or 8 inner of a gated MLP) of the
                        block that is computed again, mostly BF16; twice that part in FP32.  T: tokens of a sequence,
-                       or, where more, of the windows that a GPU scores at once
+                       or, where more, of a scoring pass (SCORED_TOKENS) or of the GPU's share of the proxies
         logits         three of T V in FP32: themselves, their cap and their gradient
         scoring        proxy gradient and direction of what is scored, FP32, sharded
         factors        GREATS's a and b: (o + i) a matrix and token of the GPU's share of the windows, BF16, and of one
@@ -178,9 +173,12 @@ def memory_per_gpu(run: PaperRun, gpus: int) -> dict[str, float]:
     """
     s, whole, selector = shape_of(run), parameters(run), run.line.selector
     block, window = s.block_parameters, min(s.window, s.length)
-    scored = max(s.candidates, s.proxies) if selector in ("opus", "greats") else s.candidates
-    tokens = max(s.length, -(-scored // gpus) * window if selector in ("opus", "greats", "perplexity") else 0)
-    matrices, number = counts.block_matrices(s), 2 if run.setting.precision == "bfloat16" else 4
+    tokens = s.length
+    if selector in ("opus", "greats", "perplexity"):
+        tokens = max(tokens, min(-(-s.candidates // gpus) * window, max(SCORED_TOKENS, window)))
+    if selector in ("opus", "greats"):
+        tokens = max(tokens, -(-s.proxies // gpus) * window)
+    matrices, number = s.matrices, 2 if run.setting.precision == "bfloat16" else 4
     inner = matrices[-1][1] * (2 if s.gated else 1)
     numbers = 4 * whole - (block if run.optimizer == "muon" else 0)
     kept = -(-s.candidates // gpus) * s.layers * sum(map(sum, matrices)) + s.candidates * max(map(sum, matrices))

@@ -160,7 +160,7 @@ def settle(options: argparse.Namespace) -> Plan:
         options.tokens if options.tokens is not None else preset.tokens, config.selected_size, config.length)
     every = options.checkpoint_every if options.checkpoint_every is not None else checkpoint_every(steps)
     config = dataclasses.replace(config, steps=steps, checkpoint_every=every)
-    if method.selector == "opus" and config.precision == "bfloat16":
+    if method.selector in ("opus", "greats") and config.precision == "bfloat16":
         selector_options.setdefault("scoring_dtype", "bfloat16")
     build_selector(method.selector, dict(selector_options), None, config.length)  # refuses values before anything else
     changed = [f"{f.name} {getattr(config, f.name)} instead of {getattr(preset.config, f.name)}"

@@ -381,7 +381,7 @@ MUTANTS = [
      "forwards see stale weights of the root", "distributed"),
     ("opus_bench/distributed/state.py", "momentum.lerp_(grad, 1 - group[\"momentum\"])",
      "momentum.lerp_(grad, group[\"momentum\"])", "sharded Muon's momentum the wrong way round", "distributed"),
-    ("opus_bench/distributed/state.py", "outside_autocast(preconditioner_of)(whole)", "preconditioner_of(whole)",
+    ("opus_bench/distributed/state.py", "    @outside_autocast\n    def build(self)", "    def build(self)",
      "P_t of Muon multiplied in bfloat16 under autocast", "distributed"),
     ("opus_bench/distributed/selection.py", "chosen[world.rank * part : (world.rank + 1) * part]", "chosen[:part]",
      "all processes train on the same part of the choice", "distributed"),

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from opus_bench.gradients import capture, layer_names, parameter_names
+from opus_bench.gradients import Factors, PerSampleGradient, capture, layer_names, parameter_names
 from opus_bench.ghost import rows
-from opus_bench.preconditioner import preconditioners
+from opus_bench.preconditioner import LeftPolynomial, Preconditioner, muon_inner, normalised, preconditioners
 from opus_bench.sketch import count_sketch, hash_coordinates, mix, sketch_gradients
 
 from small_models import FIVE_SIGMA, optimizers_for, tokens
@@ -87,3 +87,36 @@ def test_sketched_gradients_are_the_sketch_of_the_dense_update(model, kind, monk
 def test_errors_name_the_offending_value():
     with pytest.raises(ValueError, match="sketch_width must be at least 1, got 0"):
         count_sketch(torch.zeros(1, 4), 0, 0)
+
+
+def test_products_in_bfloat16_form_the_updates_and_nothing_else():
+    """The sketch is that of updates formed of rounded factors: equal to it up to float32 sums into a bucket."""
+    torch.manual_seed(0)
+    o, i, n, t, width = 12, 9, 3, 5, 16
+    gradient = PerSampleGradient((o, i), (Factors(torch.randn(n, t, o), torch.randn(n, t, i)),))
+    preconditioner = Preconditioner(0.5, torch.rand(o, i))
+    got = sketch_gradients(gradient, preconditioner, width, 7, torch.bfloat16)
+    formed = 0.5 * preconditioner.diagonal * rows(gradient, 0, o, torch.bfloat16)
+    assert got.dtype == torch.float32
+    size = count_sketch(formed.abs().flatten(1).double(), width, 7).abs().new_full((n, width), 0)
+    bucket, _ = hash_coordinates(0, o * i, width, 7, formed.device)
+    size.index_add_(1, bucket, formed.abs().flatten(1).double())
+    error = (got.double() - count_sketch(formed.flatten(1).double(), width, 7)).abs()
+    assert (error <= o * i * torch.finfo(torch.float32).eps * size).all()
+    assert not torch.equal(got, sketch_gradients(gradient, preconditioner, width, 7))
+
+
+@pytest.mark.parametrize("o, i", [(6, 9), (9, 6)])
+def test_a_left_factor_in_bfloat16_stays_within_the_bound_of_its_roundings(o, i):
+    """Each product rounds two factors and its result, 2^-8 each; a chain of k products k times."""
+    torch.manual_seed(0)
+    group = dict(ns_coefficients=(3.4445, -4.775, 2.0315), eps=1e-7)
+    momentum, x = torch.randn(o, i), torch.randn(4, o, 5)
+    q = normalised(momentum, 1e-7)
+    left = LeftPolynomial(muon_inner(momentum, group), 3.4445, q if o > i else None)
+    u, inner = 2**-8, left.inner.abs()
+    size = inner @ x.abs() if o <= i else q.abs() @ (inner @ (q.T.abs() @ x.abs()))
+    chain = 1 if o <= i else 3
+    bound = ((1 + u) ** (3 * chain) - 1) * size + 1e-5 * (size + x.abs())  # and sums in float32
+    exact, got = left(x), left(x, torch.bfloat16)
+    assert ((got - exact).abs() <= bound).all() and not torch.equal(got, exact)

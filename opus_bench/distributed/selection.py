@@ -132,7 +132,7 @@ class SharedOpus:
                 opus.label_shift, microbatch)
         return streamed_alignment(
             state.model, part, names, directions, opus.label_shift, microbatch,
-            torch.bfloat16 if opus.scoring_dtype == "bfloat16" else None)
+            opus.products)
 
     def _sketched(
         self, part: Sequences, counted: int, n: int, state: TrainState, names: list[str], p: LivePreconditioners
@@ -145,7 +145,7 @@ class SharedOpus:
 
         def features(microbatch: int | None) -> dict[str, Tensor]:
             return streamed_features(state.model, part, names, p, opus.sketch_width, opus.sketch_seed,
-                                     opus.label_shift, microbatch)
+                                     opus.label_shift, microbatch, opus.products)
 
         mine = self._in_microbatches(features, len(part), state)
 
