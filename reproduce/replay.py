@@ -202,7 +202,8 @@ def replay(options: argparse.Namespace, scratch: Path) -> int:
                 raise
             print(f"left out: {error}")
     if not runs:
-        raise RecordError(f"{options.results / 'runs'}: no record of scale {options.scale} that this code can make again")
+        raise RecordError(f"{options.results / 'runs'}: no record of scale {options.scale} that this code can make "
+                          "again")
     hours = sum(record["timing"]["wall_s"] for record in originals) / 3600 / options.workers
     print(f"{len(runs)} runs to make again under code {provenance.code_version()[:12]}; they took {hours:.2f} h on "
           f"{options.workers} worker{'s' if options.workers > 1 else ''}")

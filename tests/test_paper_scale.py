@@ -103,7 +103,8 @@ def test_small_is_one_model_on_one_gpu_with_three_seeds(script):
 
 def test_small_continued_training_is_the_papers_with_a_smaller_model_and_less_text():
     runs, paper = figure5_6.large_runs(options("small")), figure5_6.large_runs(options())
-    assert {(run.setting.model, run.setting.gpus, run.optimizer) for run in runs} == {("Qwen/Qwen3-0.6B-Base", 1, "muon")}
+    settings = {(run.setting.model, run.setting.gpus, run.optimizer) for run in runs}
+    assert settings == {("Qwen/Qwen3-0.6B-Base", 1, "muon")}
     labels = [run.label for run in paper if run.optimizer == "muon"]
     assert [(run.label, run.seed) for run in runs] == [(label, seed) for seed in range(3) for label in labels]
     for run, model in zip(runs, [run for run in paper if run.optimizer == "muon"]):

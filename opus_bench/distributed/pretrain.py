@@ -33,8 +33,8 @@ from opus_bench.distributed.checkpoint import newest_whole, read, write
 from opus_bench.distributed.state import ShardedMuon
 from opus_bench.distributed.weights import receiver
 from opus_bench.train import (
-    OPTIMIZERS, STEP_DIAGNOSTICS, Progress, StepSettings, build_optimizers, finite, named_step, note_selection, peak_bytes,
-    set_schedule,
+    OPTIMIZERS, STEP_DIAGNOSTICS, Progress, StepSettings, build_optimizers, finite, named_step, note_selection,
+    peak_bytes, set_schedule,
 )
 
 HOW = ("parallelism", "checkpointing", "microbatch", "checkpoint_every")  # leave the numbers as they are, to rounding
