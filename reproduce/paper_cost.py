@@ -251,7 +251,8 @@ def derivation(run: PaperRun) -> str:
     each = attention / tokens
     d = f"{tokens / 1e9:.2f}e9"
     return (f"{run.setting.title}: 6 (P_blocks + P_head) D + 6 L d layers D = 6 x ({s.block_parameters / 1e9:.3f}e9 + "
-            f"{s.head_parameters / 1e9:.3f}e9) x {d} + 6 x {s.length:,} x {s.queries:,} x {s.layers} x {d} = {matrices:.3g} + {attention:.3g} ({each / 1e9:.2f}e9 a token, causal half)")
+            f"{s.head_parameters / 1e9:.3f}e9) x {d} + 6 x {s.length:,} x {s.queries:,} x {s.layers} x {d} = {matrices:.3g} + "
+            f"{attention:.3g} ({each / 1e9:.2f}e9 a token, causal half)")
 
 
 def cost_lines(runs: Sequence[PaperRun], rates: Rates) -> list[str]:
