@@ -45,7 +45,7 @@ NEEDS = {
     "ci": Need(disk=1, memory=2),
     "smoke": Need(disk=1, memory=6),
     "cpu": Need(disk=1, memory=4),
-    "small": Need(disk=160, gpus=1, gpu_memory=20),
+    "small": Need(disk=160, gpus=1, gpu_memory=48),
     "paper": Need(disk=1800, gpus=8, gpu_memory=48),
 }
 

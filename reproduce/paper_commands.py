@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opus_bench.selector import Opus
+
 from .paper_settings import ENCODER, REPOSITORIES, Pool
 
 PRETRAIN = "reproduce.pretrain"  # run by torchrun; leaves a record in <--results>/runs and the model in --save
@@ -150,7 +152,7 @@ def pretrain(preset: str, fields: dict[str, Any], selector: str, options: dict[s
     elif rest.get("estimator") != "sketch":
         rest.pop("sketch_width", None)  # of no use to an exact estimator
     command += ["--window", str(fields["proxy_length"])]  # of candidates too
-    if selector != "random":
+    if selector != "random" and not at_once(selector, options):
         command += ["--score-microbatch", str(max(1, SCORED_TOKENS // fields["proxy_length"]))]
     if rest:
         command += ["--selector-options", json.dumps(rest)]
@@ -159,6 +161,12 @@ def pretrain(preset: str, fields: dict[str, Any], selector: str, options: dict[s
             value = fields[name]
             command += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
     return command + [word for name, place in places.items() for word in (flag(name), str(place))]
+
+
+def at_once(selector: str, options: dict[str, Any]) -> bool:
+    """Whether a selector scores all candidates in one pass, whatever it takes: OPUS with an exact Gram and the like."""
+    knobs = {name: value for name, value in options.items() if name != "arm"}
+    return selector == "opus" and Opus.arm(options["arm"], **knobs).needs_all_at_once
 
 
 def flag(name: str) -> str:

@@ -14,7 +14,7 @@ from opus_bench.pools.command import size_text as size
 
 from . import counts
 from .counts import Shape
-from .paper_commands import SCORED_TOKENS, VALIDATION_TOKENS
+from .paper_commands import SCORED_TOKENS, VALIDATION_TOKENS, at_once
 from .paper_scale import PaperRun, whole_pools
 from .paper_settings import ENCODER, PROXY_TOKENS, REPOSITORIES, SCORERS
 from .presets import preset_of
@@ -165,7 +165,8 @@ def memory_per_gpu(run: PaperRun, gpus: int) -> dict[str, float]:
                        with their gradients, 8 bytes a weight; two blocks, one of them fetched ahead, with theirs
         activations    4 T d a layer at block borders, FP32, and T (40 d + 4 inner, or 8 inner of a gated MLP) of the
                        block that is computed again, mostly BF16; twice that part in FP32.  T: tokens of a sequence,
-                       or, where more, of a scoring pass (SCORED_TOKENS) or of the GPU's share of the proxies
+                       or, where more, of a scoring pass (SCORED_TOKENS, or all of the GPU's share of the candidates
+                       where they are needed at once) or of its share of the proxies
         logits         three of T V in FP32: themselves, their cap and their gradient
         scoring        proxy gradient and direction of what is scored, FP32, sharded
         factors        GREATS's a and b: (o + i) a matrix and token of the GPU's share of the windows, BF16, and of one
@@ -175,7 +176,9 @@ def memory_per_gpu(run: PaperRun, gpus: int) -> dict[str, float]:
     block, window = s.block_parameters, min(s.window, s.length)
     tokens = s.length
     if selector in ("opus", "greats", "perplexity"):
-        tokens = max(tokens, min(-(-s.candidates // gpus) * window, max(SCORED_TOKENS, window)))
+        share = -(-s.candidates // gpus) * window
+        whole_share = at_once(selector, run.line.options)
+        tokens = max(tokens, share if whole_share else min(share, max(SCORED_TOKENS, window)))
     if selector in ("opus", "greats"):
         tokens = max(tokens, -(-s.proxies // gpus) * window)
     matrices, number = s.matrices, 2 if run.setting.precision == "bfloat16" else 4

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from opus_bench import provenance
-from opus_bench.documents.files import replacing
+from opus_bench.files import replacing
 from opus_bench.results import load
 from opus_bench.schema import RecordError
 from opus_bench.sections import final_loss, label_of

@@ -11,7 +11,7 @@ import pytest
 from opus_bench import results
 from opus_bench.results import load
 from opus_bench.schema import RecordError
-from reproduce import pages, replay, table3
+from reproduce import replay, table3
 from reproduce.runner import choose
 from reproduce.replay import run_of
 
@@ -138,7 +138,3 @@ def test_a_damaged_replay_or_one_of_another_record_is_refused(made, tmp_path):
 def test_every_committed_cpu_record_is_a_run_of_this_code():
     for record in load(COMMITTED / "runs", scale="cpu"):
         assert run_of(record).settings.items() >= record["config"].items()
-
-
-def test_the_page_is_one_of_all_pages():
-    assert "replay" in pages.SCRIPTS

@@ -57,6 +57,13 @@ def hub_problem() -> str | None:
     return outcome[0] if outcome else f"no answer within {HUB_TIMEOUT:g} s"
 
 
+def download_problem() -> str | None:
+    """Why nothing can be fetched from the hub, or None: its libraries are told not to ask it, or it does not answer."""
+    import huggingface_hub
+
+    return "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else hub_problem()
+
+
 def evaluate_paper_suite(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

@@ -48,9 +48,9 @@ def load_tokenizer(name: str, cache: str | Path | None = None, progress: bool = 
 def _of_hub(name: str) -> Tokenizer:
     from huggingface_hub import try_to_load_from_cache
 
-    from opus_bench.validation.own_inputs import hub_problem
+    from opus_bench.evaluation.paper_suite import download_problem
 
-    problem = hub_problem()
+    problem = download_problem()
     try:
         if problem is None:
             return Tokenizer.from_pretrained(name)

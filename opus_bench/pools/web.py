@@ -158,11 +158,11 @@ def _hub_files(source: Source, digest: bool) -> tuple[str, list[dict[str, Any]]]
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    from opus_bench.validation.own_inputs import hub_problem
+    from opus_bench.evaluation.paper_suite import download_problem
 
     place = HUB.fullmatch(source.place)
     assert place is not None
-    problem = hub_problem()
+    problem = download_problem()
     if problem is not None:
         raise CorpusError(f"source {source.name}: the hub cannot be reached ({problem}); connect to it, set "
                           f"HF_ENDPOINT to a mirror, or give {source.name}=FOLDER with a copy of the files")

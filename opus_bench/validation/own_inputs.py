@@ -47,11 +47,9 @@ def quiet() -> Iterator[None]:
 
 def hub_problem() -> str | None:
     """Why the hub cannot be asked, or None; a few seconds at most."""
-    from huggingface_hub import constants
+    from ..evaluation.paper_suite import download_problem
 
-    from ..evaluation.paper_suite import hub_problem as unreachable
-
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable()
+    return download_problem()
 
 
 def place(name: str, what: str) -> dict[str, Any]:
