@@ -168,9 +168,10 @@ def settle(options: argparse.Namespace) -> Plan:
                if f.name not in ("seed", "optimizer", "checkpoint_every")
                and getattr(config, f.name) != getattr(preset.config, f.name)]
     knobs = [f"{name} {value} of the selector" for name, value in options.selector_options.items()]
+    decided = [line for line in preset.decided if config.precision == "bfloat16" or not line.startswith("bfloat16")]
     other = [] if where == preset.model else [f"model {Path(where).name} instead of {preset.model}"]
     return Plan(preset, where, config, options.method, selector_options,
-                (*other, *changed, *knobs, *method.deviations, *preset.decided))
+                (*other, *changed, *knobs, *method.deviations, *decided))
 
 
 def refuse(name: str) -> NoReturn:

@@ -276,6 +276,13 @@ def test_checkpoints_outlive_all_but_the_written_record_and_model(call, qwen3, t
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
+def test_a_run_in_float32_does_not_deviate_by_bfloat16():
+    for precision, said in (("float32", False), ("bfloat16", True)):
+        plan = command.settle(command.parser("").parse_args(
+            ["--model", "qwen3-8b", "--data", "a", "--proxy", "b", "--precision", precision]))
+        assert any(line.startswith("bfloat16 products") for line in plan.deviations) == said
+
+
 def test_steps_between_checkpoints_follow_the_steps_and_are_no_deviation():
     def settled(*words):
         return command.settle(command.parser("").parse_args(["--data", "a", "--proxy", "b", *words]))
