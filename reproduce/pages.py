@@ -30,11 +30,11 @@ from .measurement import newest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("table3", "table5", "table6", "figure1", "figure4", "figure7", "table7", "table8", "ablations",
            "offline_suite", "sketch_error", "noise_budget", "utility_validity", "selection_entropy", "noise_injection",
-           "muon_map", "scoring", "overhead", "coverage", "audit", "cost", "figure5_6")
+           "muon_map", "scoring", "overhead", "coverage", "audit", "cost", "figure5_6", "replay")
 ELSEWHERE = {"scoring": "benchmarks.scoring"}  # modules that are not reproduce.<name>
 VIEWS = ("table5", "table6", "figure1", "figure4", "figure7")  # of Table 3's records
 # experiments whose records a page is made from, where it has another name; None: of all
-READS: dict[str, str | None] = {"overhead": "scoring", **dict.fromkeys(VIEWS, "table3"), "cost": None}
+READS: dict[str, str | None] = {"overhead": "scoring", **dict.fromkeys(VIEWS, "table3"), "cost": None, "replay": None}
 WITHOUT_RECORDS = ("audit",)  # pages that are made from the paper's numbers alone
 WITHOUT_SCALE = (*ELSEWHERE, "overhead", "coverage")
 INSTRUMENT = """\
