@@ -102,7 +102,7 @@ def test_committed_tables_and_figures_are_those_of_the_committed_records(tmp_pat
 
     from reproduce.pages import SCRIPTS, write
 
-    for folder in ("runs", "validation"):
+    for folder in ("runs", "replays", "validation"):
         shutil.copytree(ROOT / "results" / folder, tmp_path / folder)
     written, missing = write(tmp_path)
     assert not missing

@@ -291,8 +291,11 @@ def test_the_replay_command_is_one_that_makes_the_run(records, parsed, monkeypat
             script = importlib.import_module(module)
             parsed_options = runner.arguments("", large=hasattr(script, "large_runs"), scales=tuple(SCALES))
             assert isinstance(parsed_options, argparse.Namespace) and parsed_options.results == Path("replay")
-            made = runner.choose(script.runs(parsed_options), parsed_options)
-            choices[command] = {(job.label, job.config.optimizer, job.config.seed) for job in made}
+            scales = getattr(script, "SCALES", None)  # of its runs by torchrun, where it says them
+            large = isinstance(scales, tuple) and parsed_options.scale in scales
+            made = runner.choose((script.large_runs if large else script.runs)(parsed_options), parsed_options)
+            choices[command] = {(job.label, *((job.optimizer, job.seed) if large else
+                                              (job.config.optimizer, job.config.seed))) for job in made}
         assert (label_of(record), record["config"]["optimizer"], record["config"]["seed"]) in choices[command], command
 
 
