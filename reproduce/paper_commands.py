@@ -21,8 +21,8 @@ from opus_bench.selector import Opus
 from .paper_settings import ENCODER, REPOSITORIES, Pool
 
 PRETRAIN = "reproduce.pretrain"  # run by torchrun; leaves a record in <--results>/runs and the model in --save
-SCORED_TOKENS = 16_384  # of candidates in one scoring pass of a process: bounds its activations and logits
 PRETRAIN_OPTIONS = "reproduce.pretrain_plan"  # whose parser(description) has its options
+SCORED_TOKENS = 16_384  # of candidates in one scoring pass of a process: bounds its activations and logits
 SCORE = "baselines.score"
 MODEL = "model"  # save_pretrained's folder; model-STEP for those before the end
 FLAGS = ("optimizer", "seed", "steps", "length", "buffer", "selection_ratio", "proxy_size", "adam_lr", "muon_lr",
@@ -163,10 +163,17 @@ def pretrain(preset: str, fields: dict[str, Any], selector: str, options: dict[s
     return command + [word for name, place in places.items() for word in (flag(name), str(place))]
 
 
+def opus_of(selector: str, options: dict[str, Any]) -> Opus | None:
+    """The OPUS that a record's selector and options name, with the defaults of its arm; None for another selector."""
+    if selector != "opus":
+        return None
+    return Opus.arm(options["arm"], **{name: value for name, value in options.items() if name != "arm"})
+
+
 def at_once(selector: str, options: dict[str, Any]) -> bool:
     """Whether a selector scores all candidates in one pass, whatever it takes: OPUS with an exact Gram and the like."""
-    knobs = {name: value for name, value in options.items() if name != "arm"}
-    return selector == "opus" and Opus.arm(options["arm"], **knobs).needs_all_at_once
+    opus = opus_of(selector, options)
+    return opus is not None and opus.needs_all_at_once
 
 
 def flag(name: str) -> str:

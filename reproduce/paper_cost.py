@@ -14,7 +14,7 @@ from opus_bench.pools.command import size_text as size
 
 from . import counts
 from .counts import Shape
-from .paper_commands import SCORED_TOKENS, VALIDATION_TOKENS, at_once
+from .paper_commands import SCORED_TOKENS, VALIDATION_TOKENS, at_once, opus_of
 from .paper_scale import PaperRun, whole_pools
 from .paper_settings import ENCODER, PROXY_TOKENS, REPOSITORIES, SCORERS
 from .presets import preset_of
@@ -78,39 +78,34 @@ def float32_flops(run: PaperRun) -> float:
     Forwards and backwards run under autocast, and what is formed of their factors is multiplied in bfloat16, the
     scoring_dtype of OPUS and GREATS: contractions, sketches, Gram, and P_t applied to candidates.
     """
-    options = run.line.options
-    if run.line.selector != "opus" or run.optimizer != "muon" or options.get("preconditioner", "frozen") != "frozen":
+    opus = opus_of(run.line.selector, run.line.options)
+    if opus is None or run.optimizer != "muon" or opus.preconditioner != "frozen":
         return 0
-    sketched = options.get("estimator", "exact" if calibrated(options) else "sketch") == "sketch"
-    to_one = not sketched and options.get("redundancy", 0 if calibrated(options) else 1) == 0
+    to_one = opus.estimator != "sketch" and opus.redundancy == 0
     return run.fields["steps"] * counts.muon_flops(run.setting.shape, None if to_one else 0)
-
-
-def calibrated(options: dict) -> bool:
-    """Whether options are of OPUS's calibrated arm, whose other defaults follow."""
-    return options.get("arm") == "calibrated"
 
 
 def scored_weights(run: PaperRun) -> int:
     """Weights that GREATS and OPUS score: the blocks' matrices, or all, the head's too."""
-    shape, options = run.setting.shape, run.line.options
+    shape, opus = run.setting.shape, opus_of(run.line.selector, run.line.options)
     if run.line.selector not in ("opus", "greats"):
         return 0
-    head = options.get("layers", "matrices" if calibrated(options) else "blocks") != "blocks"
+    head = opus is not None and opus.layers != "blocks"
     return shape.block_parameters + (shape.head_parameters if head else 0)
 
 
 def recomputation_flops(run: PaperRun) -> tuple[float, float]:
     """What checkpointed activations cost in training and in scoring: the blocks' forward again in every backward."""
-    shape, options, steps = shape_of(run), run.line.options, run.fields["steps"]
+    shape, steps = shape_of(run), run.fields["steps"]
     if not preset_of(run.setting.preset).config.checkpointing:
         return 0, 0
     training = counts.recomputed_flops(shape, shape.selected, shape.length, causal=True)
     if run.line.selector not in ("opus", "greats"):
         return steps * training, 0
-    window, every = min(shape.window, shape.length), options.get("proxy_every", 8 if calibrated(options) else 1)
+    window, opus = min(shape.window, shape.length), opus_of(run.line.selector, run.line.options)
+    every = run.line.options.get("proxy_every", 1) if opus is None else opus.proxy_every
     scoring = counts.recomputed_flops(shape, shape.proxies, window, causal=True) / every
-    if options.get("estimator") != "forward":
+    if opus is None or opus.estimator != "forward":
         scoring += counts.recomputed_flops(shape, shape.candidates, window, causal=True, observed=True)
     return steps * training, steps * scoring
 
@@ -177,8 +172,8 @@ def memory_per_gpu(run: PaperRun, gpus: int) -> dict[str, float]:
     tokens = s.length
     if selector in ("opus", "greats", "perplexity"):
         share = -(-s.candidates // gpus) * window
-        whole_share = at_once(selector, run.line.options)
-        tokens = max(tokens, share if whole_share else min(share, max(SCORED_TOKENS, window)))
+        undivided = at_once(selector, run.line.options)
+        tokens = max(tokens, share if undivided else min(share, max(SCORED_TOKENS, window)))
     if selector in ("opus", "greats"):
         tokens = max(tokens, -(-s.proxies // gpus) * window)
     matrices, number = s.matrices, 2 if run.setting.precision == "bfloat16" else 4
@@ -254,8 +249,8 @@ def derivation(run: PaperRun) -> str:
     each = attention / tokens
     d = f"{tokens / 1e9:.2f}e9"
     return (f"{run.setting.title}: 6 (P_blocks + P_head) D + 6 L d layers D = 6 x ({s.block_parameters / 1e9:.3f}e9 + "
-            f"{s.head_parameters / 1e9:.3f}e9) x {d} + 6 x {s.length:,} x {s.queries:,} x {s.layers} x {d} = {matrices:.3g} + "
-            f"{attention:.3g} ({each / 1e9:.2f}e9 a token, causal half)")
+            f"{s.head_parameters / 1e9:.3f}e9) x {d} + 6 x {s.length:,} x {s.queries:,} x {s.layers} x {d} = "
+            f"{matrices:.3g} + {attention:.3g} ({each / 1e9:.2f}e9 a token, causal half)")
 
 
 def cost_lines(runs: Sequence[PaperRun], rates: Rates) -> list[str]:

@@ -79,7 +79,7 @@ QWEN3_8B = Setting(
                 "the rate after warm-up is constant; the paper's decay is not known",
                 "eps 1e-8 and clip 1.0, as for GPT-2; the paper's are not known",
                 "BF16 products on FP32 weights and optimizer state"))
-# 0.6 B of Qwen3, whose heads together are wider than it [its config.json]; all runs: 5 H100 hours, counted
+# 0.6 B of Qwen3, whose heads together are wider than it [its config.json]; --dry-run counts its hours
 QWEN3_SMALL = replace(
     QWEN3_8B, model="Qwen/Qwen3-0.6B-Base", preset="Qwen/Qwen3-0.6B-Base", tokenizer="Qwen/Qwen3-0.6B-Base",
     title="Qwen3-0.6B-Base",

@@ -34,7 +34,7 @@ from opus_bench.sections import final_loss, label_of
 from opus_bench.tables import NONE, markdown
 from opus_bench.train import RunConfig
 
-from .runner import ROOT, run_grid
+from .runner import ROOT, ended, run_grid
 from .scales import SCALES
 from .training import Run
 
@@ -204,9 +204,7 @@ def replay(options: argparse.Namespace, scratch: Path) -> int:
     if not runs:
         raise RecordError(f"{options.results / 'runs'}: no record of scale {options.scale} that this code can make "
                           "again")
-    hours = sum(record["timing"]["wall_s"] for record in originals) / 3600 / options.workers
-    print(f"{len(runs)} runs to make again under code {provenance.code_version()[:12]}; they took {hours:.2f} h on "
-          f"{options.workers} worker{'s' if options.workers > 1 else ''}")
+    print(f"to make again under code {provenance.code_version()[:12]}:")
     differing: list[str] = []
 
     def compare(_: Path) -> Sequence[Path]:
@@ -219,25 +217,22 @@ def replay(options: argparse.Namespace, scratch: Path) -> int:
         return [*(keep(one, options.results) for one in found), *write(options.results)]
 
     grid = argparse.Namespace(scale=options.scale, results=scratch, workers=options.workers, dry_run=options.dry_run)
-    return run_grid(list(runs.values()), grid, compare) or int(bool(differing))
+    return run_grid(list(runs.values()), grid, compare, originals) or int(bool(differing))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; exit codes as the module says, 130 on ctrl-C."""
     options = parser().parse_args(arguments)
-    try:
+
+    def act() -> int:
         if options.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {options.workers}")
         if options.scratch is not None:
             return replay(options, options.scratch)
         with tempfile.TemporaryDirectory(prefix="opus-bench-replay-") as scratch:
             return replay(options, Path(scratch))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; give --scratch to keep what is done", file=sys.stderr)
-        return 130
+
+    return ended(act, "what is done is kept where --scratch names a folder")
 
 
 if __name__ == "__main__":

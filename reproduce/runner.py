@@ -116,27 +116,39 @@ def main(make_runs: Callable[[argparse.Namespace], Sequence[Job]], description: 
     that it has on CPUs.
     """
     options = arguments(description, large_runs is not None, scales)
-    try:
+
+    def act() -> int:
         if large_runs is not None and options.scale in large_scales:
             return paper_launch.launch(choose(large_runs(options), options), options, write)
         return run_grid(choose(make_runs(options), options), options, write)
+
+    return ended(act, "what is done is kept, the same command goes on from here")
+
+
+def ended(act: Callable[[], int], interrupted: str) -> int:
+    """What ``act`` returns; 2 after one line about bad input, 130 on ctrl-C after a line that says ``interrupted``."""
+    try:
+        return act()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: what is done is kept, the same command goes on from here", file=sys.stderr)
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return 130
 
 
-def run_grid(runs: list[Job], options: argparse.Namespace, write: Write) -> int:
-    """Print the plan, execute what is not done, write tables and figures."""
+def run_grid(runs: list[Job], options: argparse.Namespace, write: Write, known: Sequence[dict] = ()) -> int:
+    """Print the plan, execute what is not done, write tables and figures.
+
+    ``known``: records of another folder, by which the time of the runs is estimated as well.
+    """
     scale = SCALES[options.scale]
     records = options.results / "runs"
     results.check_writable(records)
     done = {run.run_id for run in runs if results.done(records, run.run_id)}
     todo = [run for run in runs if run.run_id not in done]
     print(scale.note)
-    _print_plan(runs, done, results.load(records), options.workers)
+    _print_plan(runs, done, [*known, *results.load(records)], options.workers)
     if options.dry_run:
         return 0
     for identity in done:  # left by who was killed just after writing the record
